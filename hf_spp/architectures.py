@@ -1,0 +1,489 @@
+"""The written map: which structures hold channels that may move together, as patterns over child names and shapes.
+
+`channel_groups` resolves it against a live or meta-device model, completely, before anything is written. Structure
+decides, never a class name: a pattern matches where the named children exist and their shapes fit, and a module with a
+parameter that the pattern does not explain is refused with the reason.
+"""
+
+import inspect
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from .channels import ChannelGroup, ChannelMap, Member, Refusal, Role
+from .config import AXES
+from .errors import UnsupportedArchitectureError, UnsupportedModelError
+
+
+@dataclass(frozen=True)
+class AttentionPattern:
+    """Children of an attention module: one projection each for q, k and v, or one that stacks the three in blocks."""
+
+    projections: tuple[str, ...]
+    output: str
+    beside: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class FeedForwardPattern:
+    """Children of a feed-forward module: the projections into the intermediate neurons, and the one out of them.
+
+    `beside` names children of the same modules that act on the residual stream and do not see the neurons.
+    """
+
+    inner: tuple[str, ...]
+    output: str
+    beside: tuple[str, ...] = ()
+
+
+ATTENTION_PATTERNS = (
+    AttentionPattern(("q_proj", "k_proj", "v_proj"), "o_proj"),
+    AttentionPattern(("self.query", "self.key", "self.value"), "output.dense", beside=("output.LayerNorm",)),
+    AttentionPattern(("q_lin", "k_lin", "v_lin"), "out_lin"),
+    AttentionPattern(("q", "k", "v"), "o"),
+    AttentionPattern(("c_attn",), "c_proj"),
+)
+FEED_FORWARD_PATTERNS = (
+    FeedForwardPattern(("gate_proj", "up_proj"), "down_proj"),
+    FeedForwardPattern(("wi_0", "wi_1"), "wo"),
+    FeedForwardPattern(("fc1",), "fc2"),
+    FeedForwardPattern(("lin1",), "lin2"),
+    FeedForwardPattern(("wi",), "wo"),
+    FeedForwardPattern(("c_fc",), "c_proj"),
+    FeedForwardPattern(("intermediate.dense",), "output.dense", beside=("output.LayerNorm",)),
+)
+# Parameters of an attention module beside its projections: per head (follows the heads) or per in-head channel.
+HEAD_TABLES = {"relative_attention_bias.weight": "n c"}
+HEAD_NORMS = ("q_norm.weight", "k_norm.weight")
+HEAD_DIM_ATTRIBUTES = ("head_dim", "attention_head_size", "key_value_proj_dim")
+# Linear layers that read several copies of the residual stream side by side, by model type.
+CONCATENATED_READERS = {"dinov2": ("classifier",)}
+
+ROTARY_REASON = "rotary position embedding: each frequency belongs to a fixed row of q and k"
+HEADLESS_REASON = (
+    "the model has no head, its output is the residual stream itself and would change order; load it with a task head"
+)
+
+
+def channel_groups(model: nn.Module) -> ChannelMap:
+    """Resolve which channels of a model may move together.
+
+    Reads names and shapes only, so a model on the meta device answers as well.
+
+    Args:
+        model: A transformers model, with or without a task head.
+
+    Returns:
+        The groups of every axis, and what may not move with the reason.
+
+    Raises:
+        UnsupportedModelError: `model` is no transformers model, or its weights are quantized.
+        UnsupportedArchitectureError: No structure of the written map occurs in the model.
+    """
+    _check_model(model)
+    return _Resolver(model).resolve()
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedModelError(
+            f"A {type(model).__name__} was given; a transformers PreTrainedModel is needed. "
+            "Unwrap it first (accelerator.unwrap_model, or the .module of a parallel wrapper)."
+        )
+    if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} holds quantized weights, whose packed rows cannot be moved. "
+            "Reorder the unquantized checkpoint first and quantize the result."
+        )
+    for name, parameter in model.named_parameters():
+        if not parameter.is_floating_point():
+            raise UnsupportedModelError(
+                f"Parameter {name} of {type(model).__name__} has dtype {parameter.dtype}; float16, bfloat16, float32 "
+                "or float64 weights are needed. Reorder the unquantized checkpoint first and quantize the result."
+            )
+
+
+@dataclass(frozen=True)
+class _Projection:
+    """A linear map inside a unit, `span` being its part of a fused module's output features."""
+
+    module: str
+    transposed: bool
+    bias: bool
+    inputs: int
+    outputs: int
+    span: tuple[int, int] | None = None
+
+    def produce(self, features: str) -> list[Member]:
+        pattern = f"i {features}" if self.transposed else f"{features} i"
+        members = [Member(f"{self.module}.weight", pattern, "producer", self.span)]
+        if self.bias:
+            members.append(Member(f"{self.module}.bias", features, "producer", self.span))
+        return members
+
+    def consume(self, features: str) -> list[Member]:
+        pattern = f"{features} o" if self.transposed else f"o {features}"
+        return [Member(f"{self.module}.weight", pattern, "consumer")]
+
+
+@dataclass
+class _Attention:
+    path: str
+    query: _Projection
+    key: _Projection
+    value: _Projection
+    output: _Projection
+    heads: int
+    key_value_heads: int
+    rotary: bool
+    tables: list[Member]
+    norms: list[Member]
+    tie: str | None = None
+
+    @property
+    def repeats(self) -> int:
+        return self.heads // self.key_value_heads
+
+
+@dataclass
+class _FeedForward:
+    path: str
+    inner: list[_Projection]
+    output: _Projection
+
+
+@dataclass
+class _Resolver:
+    model: PreTrainedModel
+    refused: list[Refusal] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.modules = dict(self.model.named_modules())
+        # A shared parameter has one name here, the first, so that it moves once.
+        self.parameters = dict(self.model.named_parameters())
+        self.first_name = {id(parameter): name for name, parameter in self.parameters.items()}
+
+    def resolve(self) -> ChannelMap:
+        attentions = list(self._attentions())
+        feed_forwards = list(self._feed_forwards())
+        if not attentions and not feed_forwards:
+            reasons = "".join(f" {refusal.where}: {refusal.reason}." for refusal in self.refused[:3])
+            raise UnsupportedArchitectureError(
+                f"model_type {self.model.config.model_type!r} ({type(self.model).__name__}) has no channel group: no "
+                f"attention or feed-forward structure of the written map occurs in it.{reasons} "
+                "`hf-spp architectures` lists what is supported."
+            )
+        self._tie_heads(attentions)
+        groups = [group for unit in attentions for group in self._attention_groups(unit)]
+        groups = _merge_ties(groups)
+        groups += [self._feed_forward_group(unit) for unit in feed_forwards]
+        if (hidden := self._hidden_group(attentions, feed_forwards)) is not None:
+            groups.append(hidden)
+        names = {group.name for group in groups if group.size > 1}
+        groups = [self._finish(group, names) for group in groups if group.size > 1]
+        return ChannelMap(tuple(groups), _summarize(self.refused))
+
+    def _finish(self, group: ChannelGroup, names: set[str]) -> ChannelGroup:
+        members = {}
+        for member in group.members:
+            name = self.first_name[id(self._tensor(member.tensor))]
+            canonical = Member(name, member.pattern, member.role, member.span)
+            members[(name, member.pattern, member.span)] = canonical
+        parent = group.parent if group.parent in names else None
+        return ChannelGroup(
+            group.name, group.axis, group.layer, group.blocks, group.size, tuple(members.values()), parent
+        )
+
+    def _tensor(self, name: str) -> torch.Tensor:
+        path, _, leaf = name.rpartition(".")
+        tensor: torch.Tensor = getattr(self.modules[path], leaf)
+        return tensor
+
+    def _refuse(self, axes: tuple[str, ...], where: str, reason: str) -> None:
+        self.refused += [Refusal(axis, self._short(where), reason) for axis in axes]
+
+    def _short(self, path: str) -> str:
+        """The path below the base model, so that a model with and without a head has the same names."""
+        return path.removeprefix(f"{self.model.base_model_prefix}.")
+
+    def _child(self, path: str, relative: str) -> nn.Module | None:
+        return self.modules.get(_join(path, relative))
+
+    def _projection(self, path: str, relative: str) -> _Projection | None:
+        module = self._child(path, relative)
+        if not isinstance(module, (nn.Linear, Conv1D)):
+            return None
+        transposed = isinstance(module, Conv1D)
+        outputs, inputs = reversed(module.weight.shape) if transposed else module.weight.shape
+        return _Projection(_join(path, relative), transposed, module.bias is not None, inputs, outputs)
+
+    def _projections(self, path: str, children: tuple[str, ...]) -> list[_Projection] | None:
+        found = [self._projection(path, child) for child in children]
+        return [one for one in found if one is not None] if all(found) else None
+
+    def _unexplained(self, path: str, children: tuple[str, ...], known: tuple[str, ...] = ()) -> str | None:
+        """The first parameter of the modules that own `children` that is neither theirs nor among `known`."""
+        owners = {_join(path, child).rpartition(".")[0] for child in children}
+        explained = tuple(f"{_join(path, child)}." for child in (*children, *known))
+        for owner in owners:
+            for name, _ in self.modules[owner].named_parameters():
+                if not f"{_join(owner, name)}.".startswith(explained):
+                    return _join(owner, name)
+        return None
+
+    # Attention
+
+    def _attentions(self) -> Iterator[_Attention]:
+        for path, module in self.modules.items():
+            for pattern in ATTENTION_PATTERNS:
+                if (unit := self._match_attention(path, module, pattern)) is not None:
+                    yield unit
+                    break
+
+    def _match_attention(self, path: str, module: nn.Module, pattern: AttentionPattern) -> _Attention | None:
+        projections = self._projections(path, pattern.projections)
+        output = self._projection(path, pattern.output)
+        if projections is None or output is None:
+            return None
+        axes = ("qk", "vo", "heads")
+        owner = self.modules[projections[0].module.rpartition(".")[0]]
+        known = (*pattern.beside, *HEAD_TABLES, *HEAD_NORMS)
+        if (extra := self._unexplained(path, (*pattern.projections, pattern.output), known)) is not None:
+            self._refuse(axes, path, f"parameter {self._short(extra)} is not understood")
+            return None
+        if len(projections) == 1:
+            projections = _split_fused(projections[0])
+            if projections is None:
+                self._refuse(axes, path, f"{pattern.projections[0]} does not stack q, k and v in equal parts")
+                return None
+        query, key, value = projections
+        head_dim = _head_dim(owner, query)
+        if (reason := _misfit(query, key, value, output, head_dim)) is not None:
+            self._refuse(axes, path, reason)
+            return None
+        tables = [
+            Member(name, layout)
+            for child, layout in HEAD_TABLES.items()
+            if (name := _join(path, child)) in self.parameters
+        ]
+        norms = [Member(name, "c") for child in HEAD_NORMS if (name := _join(path, child)) in self.parameters]
+        if any(self.parameters[norm.tensor].shape != (head_dim,) for norm in norms):
+            self._refuse(axes, path, "the norm of q or k does not span one head")
+            return None
+        heads, key_value_heads = query.outputs // head_dim, key.outputs // head_dim
+        return _Attention(
+            path, query, key, value, output, heads, key_value_heads, _is_rotary(owner), tables, norms
+        )
+
+    def _tie_heads(self, attentions: list[_Attention]) -> None:
+        """Tie the head order of every layer of a stack whose first layer's table serves them all, as in T5."""
+        stacks = defaultdict(list)
+        for unit in attentions:
+            stacks[re.sub(r"\.\d+\.", ".*.", unit.path)].append(unit)
+        for stack, units in stacks.items():
+            with_table = [unit for unit in units if unit.tables]
+            if with_table and len(with_table) < len(units):
+                for unit in units:
+                    unit.tie = stack
+
+    def _attention_groups(self, unit: _Attention) -> Iterator[ChannelGroup]:
+        layer, name = _layer(unit.path), self._short(unit.path)
+        shared, repeats = unit.key_value_heads, unit.repeats
+        dim = unit.key.outputs // shared
+        heads = f"{self._short(unit.tie) if unit.tie else name}.heads"
+        q, k, v, o = unit.query, unit.key, unit.value, unit.output
+        whole = "(c u)"
+        members = [*q.produce(whole), *k.produce(whole), *v.produce(whole), *o.consume(whole)]
+        tables = [Member(m.tensor, m.pattern.replace("c", "(c u)") if repeats > 1 else m.pattern) for m in unit.tables]
+        yield ChannelGroup(heads, "heads", None if unit.tie else layer, 1, shared, (*members, *tables))
+        if repeats > 1:
+            members = [*q.produce("(b c u)"), *o.consume("(b c u)")]
+            tables = [Member(m.tensor, m.pattern.replace("c", "(b c)")) for m in unit.tables]
+            yield ChannelGroup(
+                f"{heads.removesuffix('.heads')}.query_heads", "heads", None if unit.tie else layer, shared, repeats,
+                (*members, *tables), heads,
+            )  # fmt: skip
+        if unit.rotary:
+            self._refuse(("qk",), unit.path, ROTARY_REASON)
+        elif unit.norms:
+            members = [*q.produce("(h c)"), *k.produce("(h c)"), *unit.norms]
+            yield ChannelGroup(f"{name}.qk", "qk", layer, 1, dim, tuple(members))
+        else:
+            members = [*q.produce("(b r c)"), *k.produce("(b c)")]
+            yield ChannelGroup(f"{name}.qk", "qk", layer, shared, dim, tuple(members), heads)
+        members = [*v.produce("(b c)"), *o.consume("(b r c)")]
+        yield ChannelGroup(f"{name}.vo", "vo", layer, shared, dim, tuple(members), heads)
+
+    # Feed-forward
+
+    def _feed_forwards(self) -> Iterator[_FeedForward]:
+        for path in self.modules:
+            for pattern in FEED_FORWARD_PATTERNS:
+                if (unit := self._match_feed_forward(path, pattern)) is not None:
+                    yield unit
+                    break
+
+    def _match_feed_forward(self, path: str, pattern: FeedForwardPattern) -> _FeedForward | None:
+        inner = self._projections(path, pattern.inner)
+        output = self._projection(path, pattern.output)
+        if inner is None or output is None:
+            return None
+        if any(one.outputs != output.inputs for one in inner):
+            self._refuse(("ffn",), path, f"{pattern.output} does not read what {' and '.join(pattern.inner)} write")
+            return None
+        if (extra := self._unexplained(path, (*pattern.inner, pattern.output), pattern.beside)) is not None:
+            self._refuse(("ffn",), path, f"parameter {self._short(extra)} is not understood")
+            return None
+        return _FeedForward(path, inner, output)
+
+    def _feed_forward_group(self, unit: _FeedForward) -> ChannelGroup:
+        members = [member for one in unit.inner for member in one.produce("c")] + unit.output.consume("c")
+        name = f"{self._short(unit.path)}.ffn"
+        return ChannelGroup(name, "ffn", _layer(unit.path), 1, unit.output.inputs, tuple(members))
+
+    # Residual stream
+
+    def _hidden_group(self, attentions: list[_Attention], feed_forwards: list[_FeedForward]) -> ChannelGroup | None:
+        if self.model.base_model is self.model and self.model.get_output_embeddings() is None:
+            self._refuse(("hidden",), type(self.model).__name__, HEADLESS_REASON)
+            return None
+        readers = [p for unit in attentions for p in (unit.query, unit.key, unit.value)]
+        readers += [p for unit in feed_forwards for p in unit.inner]
+        writers = [unit.output for unit in (*attentions, *feed_forwards)]
+        sizes = {p.inputs for p in readers} | {p.outputs for p in writers}
+        if len(sizes) != 1:
+            self._refuse(("hidden",), type(self.model).__name__, f"the stream has several widths, {sorted(sizes)}")
+            return None
+        size = sizes.pop()
+        members = [m for p in readers for m in p.consume("c")]
+        members += [m for p in writers for m in p.produce("c")]
+        known = {f"{p.module}.{leaf}" for p in (*readers, *writers) for leaf in ("weight", "bias")}
+        known |= {m.tensor for unit in attentions for m in (*unit.tables, *unit.norms)}
+        for name in self.parameters:
+            if name in known:
+                continue
+            found = self._stream_members(name, size)
+            if found is None:
+                return None
+            members += found
+        for name, buffer in self.model.named_buffers():
+            if buffer.is_floating_point() and size in buffer.shape:
+                self._refuse(("hidden",), name, f"buffer of shape {list(buffer.shape)} is not understood")
+                return None
+        return ChannelGroup("hidden", "hidden", None, 1, size, tuple(members))
+
+    def _stream_members(self, name: str, size: int) -> list[Member] | None:
+        """Where a parameter outside attention and feed-forward holds the stream; None, with a refusal, if unclear."""
+        path, _, leaf = name.rpartition(".")
+        module, shape = self.modules[path], self.parameters[name].shape
+        if isinstance(module, (nn.Linear, Conv1D)):
+            return self._stream_linear(path, leaf, size)
+        if isinstance(module, nn.Embedding):
+            return [Member(name, "n c")] if shape[1] == size else []
+        if size not in shape:
+            return []
+        convolution = isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+        dim = 0 if convolution else len(shape) - 1
+        if shape[dim] != size or (convolution and leaf == "weight" and shape[1] == size):
+            self._refuse(("hidden",), path, f"parameter {leaf} of shape {list(shape)} is not understood")
+            return None
+        names = [f"i{index}" for index in range(len(shape))]
+        names[dim] = "c"
+        return [Member(name, " ".join(names), "producer" if convolution else "other")]
+
+    def _stream_linear(self, path: str, leaf: str, size: int) -> list[Member] | None:
+        projection = self._projection("", path)
+        if projection is None:
+            return []
+        if leaf == "bias":
+            return [Member(f"{path}.bias", "c", "producer")] if projection.outputs == size else []
+        produced = projection.outputs == size
+        if projection.inputs == size:
+            consumed = projection.consume("c")
+        elif projection.inputs % size == 0:
+            if path not in CONCATENATED_READERS.get(self.model.config.model_type, ()):
+                self._refuse(("hidden",), path, f"its {projection.inputs} inputs are {size} channels several times")
+                return None
+            consumed = projection.consume("(n c)")
+        else:
+            consumed = []
+        return [*consumed, *(m for m in projection.produce("c") if produced and m.is_matrix)]
+
+
+def _join(path: str, relative: str) -> str:
+    return f"{path}.{relative}" if path else relative
+
+
+def _split_fused(fused: _Projection) -> list[_Projection] | None:
+    part, rest = divmod(fused.outputs, 3)
+    if rest or part % fused.inputs and fused.inputs % part:
+        return None
+    return [
+        _Projection(fused.module, fused.transposed, fused.bias, fused.inputs, part, (index * part, (index + 1) * part))
+        for index in range(3)
+    ]
+
+
+def _head_dim(owner: nn.Module, query: _Projection) -> int | None:
+    for attribute in HEAD_DIM_ATTRIBUTES:
+        if isinstance(value := getattr(owner, attribute, None), int):
+            return value
+    return None
+
+
+def _misfit(
+    query: _Projection, key: _Projection, value: _Projection, output: _Projection, head_dim: int | None
+) -> str | None:
+    """Why the projections are no multi-head attention, or None."""
+    if not head_dim:
+        return f"the module states no head size ({', '.join(HEAD_DIM_ATTRIBUTES)})"
+    if query.outputs % head_dim or key.outputs % head_dim:
+        return f"q and k have {query.outputs} and {key.outputs} rows, no multiples of the head size {head_dim}"
+    if key.outputs != value.outputs or query.outputs != output.inputs or query.outputs % key.outputs:
+        return (
+            f"q, k, v have {query.outputs}, {key.outputs}, {value.outputs} rows and the output projection reads "
+            f"{output.inputs}, which is neither multi-head nor grouped-query attention"
+        )
+    return None
+
+
+def _is_rotary(owner: nn.Module) -> bool:
+    """Whether the attention's forward rotates q and k: what it calls and takes says so, not what it is named."""
+    code = inspect.unwrap(type(owner).forward).__code__
+    return any("rotary" in name or "rope" in name for name in code.co_names) or (
+        "position_embeddings" in code.co_varnames[: code.co_argcount]
+    )
+
+
+def _layer(path: str) -> int | None:
+    found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", path)
+    return int(found[1]) if found else None
+
+
+def _merge_ties(groups: list[ChannelGroup]) -> list[ChannelGroup]:
+    """Join groups of the same name, which tied layers share, into one with all their members."""
+    merged: dict[str, ChannelGroup] = {}
+    for group in groups:
+        first = merged.get(group.name)
+        members = group.members if first is None else (*first.members, *group.members)
+        merged[group.name] = ChannelGroup(
+            group.name, group.axis, group.layer, group.blocks, group.size, members, group.parent
+        )
+    return list(merged.values())
+
+
+def _summarize(refused: list[Refusal]) -> tuple[Refusal, ...]:
+    """One refusal for all layers that share it."""
+    return tuple(
+        dict.fromkeys(
+            Refusal(refusal.axis, re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", refusal.where), refusal.reason)
+            for refusal in sorted(refused, key=lambda refusal: AXES.index(refusal.axis))
+        )
+    )

@@ -1,0 +1,179 @@
+"""The data model: which tensor dimensions must move together.
+
+A channel group is the unit of everything in this package. Scores, orders, gathers and slices are verbs over its members,
+so an architecture is only a list of groups, and a verb never knows an architecture.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from typing import Literal
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+Role = Literal["producer", "consumer", "other"]
+
+
+@dataclass(frozen=True)
+class Member:
+    """One tensor of a channel group, and where the group's channels lie in it.
+
+    Attributes:
+        tensor: Name of the parameter or buffer in the model, as `named_parameters` gives it.
+        pattern: Layout of the tensor in einops notation, with `b` the block and `c` the channel axis; every other name
+            is an axis that stays. `"(b c) i"` are the rows of a projection split in heads, `"o (b r c)"` the columns of
+            an output projection whose `r` query heads share one key-value head.
+        role: Whether channels are output features of a module (producer), input features (consumer), or neither.
+        span: For fused tensors, the part `start:stop` of the moved dimension that the pattern describes.
+    """
+
+    tensor: str
+    pattern: str
+    role: Role = "other"
+    span: tuple[int, int] | None = None
+
+    @cached_property
+    def axes(self) -> tuple[tuple[str, ...], ...]:
+        """Axis names of each dimension of the tensor."""
+        return _parse(self.pattern)
+
+    @cached_property
+    def dim(self) -> int:
+        """The dimension that the group moves."""
+        return next(index for index, names in enumerate(self.axes) if "c" in names)
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether the tensor has a dimension beside the moved one, so that its channels have a norm."""
+        return len(self.axes) > 1
+
+    def view(self, tensor: Tensor, group: "ChannelGroup") -> Tensor:
+        """View the member's tensor as `[blocks, size, ...]`, without a copy where strides allow."""
+        if self.span is not None:
+            tensor = tensor.narrow(self.dim, self.span[0], self.span[1] - self.span[0])
+        rest = [name for names in self.axes for name in names if name not in "bc"]
+        return _arrange(tensor, self.pattern, " ".join(rest), group)
+
+    def view_channels(self, values: Tensor, group: "ChannelGroup") -> Tensor:
+        """View per-channel values of the moved dimension, `[..., length]`, as `[..., blocks, size, units]`."""
+        if self.span is not None:
+            values = values[..., self.span[0] : self.span[1]]
+        names = self.axes[self.dim]
+        units = [name for name in names if name not in "bc"]
+        return _arrange(values, f"... ({' '.join(names)})", f"({' '.join(units)})", group, lead="... ")
+
+    def positions(self, length: int, group: "ChannelGroup") -> Tensor:
+        """Where each channel lies along the moved dimension of the given length: `[blocks, size, units]`, int64."""
+        return self.view_channels(torch.arange(length), group)
+
+
+@dataclass(frozen=True)
+class ChannelGroup:
+    """Channels that move together, in every tensor that holds them.
+
+    Channels are ordered inside each of `blocks` equal blocks and never cross a block border: in-head rows have one
+    block per head, heads themselves form one block.
+
+    Attributes:
+        name: Unique and stable name: the owning module's path below the base model, and the axis.
+        axis: `qk`, `vo`, `heads`, `ffn` or `hidden`.
+        layer: Index of the layer, None for groups that span layers.
+        blocks: Number of blocks.
+        size: Channels in each block.
+        members: Every tensor dimension that moves.
+        parent: Name of the group whose channels are this group's blocks, when those can move as well.
+    """
+
+    name: str
+    axis: str
+    layer: int | None
+    blocks: int
+    size: int
+    members: tuple[Member, ...]
+    parent: str | None = None
+
+    @property
+    def channels(self) -> int:
+        """Number of channels in all blocks."""
+        return self.blocks * self.size
+
+    @property
+    def scored_members(self) -> tuple[Member, ...]:
+        """The members whose weights say how salient a channel is: matrices; biases and norms only follow."""
+        return tuple(member for member in self.members if member.is_matrix)
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """An axis that may not move somewhere in the model, and why."""
+
+    axis: str
+    where: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class ChannelMap:
+    """The resolved map of a model: its channel groups, and what may not move and why.
+
+    Iterating gives the groups, blocks before the groups that move those blocks.
+    """
+
+    groups: tuple[ChannelGroup, ...]
+    refused: tuple[Refusal, ...] = ()
+    by_name: Mapping[str, ChannelGroup] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        ordered = sorted(self.groups, key=lambda group: group.parent is None)
+        object.__setattr__(self, "groups", tuple(ordered))
+        object.__setattr__(self, "by_name", {group.name: group for group in ordered})
+
+    def __iter__(self) -> Iterator[ChannelGroup]:
+        return iter(self.groups)
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Axes that have at least one group, in the order of first appearance."""
+        return tuple(dict.fromkeys(group.axis for group in self.groups))
+
+    def select(self, axes: Iterable[str]) -> "ChannelMap":
+        """The part of the map that concerns the given axes."""
+        axes = tuple(axes)
+        return ChannelMap(
+            tuple(group for group in self.groups if group.axis in axes),
+            tuple(refusal for refusal in self.refused if refusal.axis in axes),
+        )
+
+
+def _arrange(tensor: Tensor, pattern: str, rest: str, group: ChannelGroup, lead: str = "") -> Tensor:
+    sizes = {name: size for name, size in (("b", group.blocks), ("c", group.size)) if name in _names(pattern)}
+    block = "b" if "b" in sizes else "1"
+    view: Tensor = rearrange(tensor, f"{pattern} -> {lead}{block} c {rest}", **sizes)
+    return view
+
+
+@lru_cache(maxsize=None)
+def _names(pattern: str) -> frozenset[str]:
+    return frozenset(pattern.replace("(", " ").replace(")", " ").split())
+
+
+@lru_cache(maxsize=None)
+def _parse(pattern: str) -> tuple[tuple[str, ...], ...]:
+    dims: list[tuple[str, ...]] = []
+    inside: list[str] | None = None
+    for token in pattern.replace("(", " ( ").replace(")", " ) ").split():
+        if token == "(":
+            inside = []
+        elif token == ")":
+            dims.append(tuple(inside or ()))
+            inside = None
+        elif inside is None:
+            dims.append((token,))
+        else:
+            inside.append(token)
+    return tuple(dims)

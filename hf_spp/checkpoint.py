@@ -1,0 +1,173 @@
+"""Files: the only place of the package that reads or writes them.
+
+Every write goes to a temporary name beside the target and is renamed, so a crash leaves the old file or the new one,
+never a part of either. Only safetensors and JSON are read, and every read is validated.
+"""
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as deserialize_tensors
+from safetensors.torch import save as serialize_tensors
+
+from .errors import CheckpointError
+
+PathLike = str | os.PathLike[str]
+
+
+def write_bytes(path: PathLike, data: bytes) -> Path:
+    """Write `data` to `path` through a temporary file beside it and a rename.
+
+    Raises:
+        CheckpointError: The folder cannot be written.
+    """
+    target = Path(path)
+    temporary = _beside(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except OSError as error:
+        raise CheckpointError(
+            f"{target} cannot be written ({error.strerror or error}). Give a folder that exists and is writable."
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return target
+
+
+def write_text(path: PathLike, text: str) -> Path:
+    """Write `text` as UTF-8, atomically."""
+    return write_bytes(path, text.encode())
+
+
+def write_json(path: PathLike, value: Any) -> Path:
+    """Write `value` as indented JSON with sorted keys, atomically."""
+    return write_text(path, json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n")
+
+
+def read_text(path: PathLike) -> str:
+    """Read a UTF-8 text file.
+
+    Raises:
+        CheckpointError: The file is missing or is no UTF-8 text.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} cannot be read as text: {error}. Check the path.") from error
+
+
+def read_json(path: PathLike) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        CheckpointError: The file is missing or is no JSON.
+    """
+    try:
+        return json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{path} is no valid JSON ({error}). Save it again with save_pretrained.") from error
+
+
+def read_bytes(path: PathLike) -> bytes:
+    """Read a file whole.
+
+    Raises:
+        CheckpointError: The file is missing or cannot be read.
+    """
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}. Check the path.") from error
+
+
+def pack_tensors(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> bytes:
+    """Tensors and string metadata as the bytes of one safetensors file."""
+    dense = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    data: bytes = serialize_tensors(dense, metadata=dict(metadata))
+    return data
+
+
+def unpack_tensors(data: bytes, name: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Every tensor of a safetensors file's bytes, and its metadata.
+
+    Args:
+        data: The file's bytes.
+        name: What to call it in an error.
+
+    Raises:
+        CheckpointError: The bytes are no safetensors file.
+    """
+    try:
+        tensors = deserialize_tensors(data)
+        length = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + length])
+    except (SafetensorError, ValueError) as error:
+        raise CheckpointError(f"{name} is no readable safetensors file ({error}). Download or save it again.") from error
+    return tensors, dict(header.get("__metadata__", {}))
+
+
+@contextmanager
+def replacing_folder(target: PathLike, *, overwrite: bool = False) -> Iterator[Path]:
+    """Build a folder beside `target` and move it into place only when the block ends well.
+
+    An existing folder is moved aside first and removed last, so at every moment one whole version lies on disk.
+
+    Args:
+        target: The folder to make.
+        overwrite: Whether a non-empty folder at `target` may be replaced.
+
+    Raises:
+        CheckpointError: `target` is a file, or a folder with content and `overwrite` is false.
+    """
+    folder = Path(target)
+    check_replaceable(folder, overwrite=overwrite)
+    temporary, old = _beside(folder), _beside(folder)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        if folder.exists():
+            os.replace(folder, old)
+        try:
+            os.replace(temporary, folder)
+        except OSError:
+            if old.exists():
+                os.replace(old, folder)
+            raise
+    except OSError as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{folder} cannot be written ({error}). Give a folder that is writable.") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def check_replaceable(target: PathLike, *, overwrite: bool = False) -> None:
+    """Refuse early to write over a file, or over a folder with content unless `overwrite`.
+
+    Raises:
+        CheckpointError: `target` may not be replaced.
+    """
+    folder = Path(target)
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder} is a file; a folder is written there. Give another path.")
+    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+        raise CheckpointError(f"{folder} exists and is not empty. Give another folder, or allow it to be replaced.")
+
+
+def _beside(path: Path) -> Path:
+    return path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.tmp"

@@ -1,0 +1,94 @@
+"""Running a model: without dropout, on its device and dtype, with its outputs as plain tensors."""
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+# Outputs that hold per-layer internals, whose channels and heads are what a reordering moves.
+_INTERNAL_OUTPUTS = ("past_key_values", "attentions", "cross_attentions", "decoder_attentions", "encoder_attentions")
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Run the block in evaluation mode; every module's own mode comes back afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def accepted_arguments(model: nn.Module) -> tuple[str, ...]:
+    """Names of the arguments that the model's forward takes."""
+    return tuple(inspect.signature(type(model).forward).parameters)
+
+
+def place_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Move the tensors of a batch to the model's device, floating ones to its dtype."""
+    parameter = next(model.parameters())
+
+    def place(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return value.to(parameter.device, parameter.dtype if value.is_floating_point() else None)
+
+    return {name: place(value) for name, value in inputs.items()}
+
+
+def run_model(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
+    """Run forward on one batch in the weights' own precision, without a key-value cache."""
+    inputs = place_inputs(model, inputs)
+    accepted = accepted_arguments(model)
+    for name, value in (("use_cache", False), ("return_dict", True)):
+        if name in accepted:
+            inputs.setdefault(name, value)
+    # accelerate wraps the forward of a prepared model in autocast and keeps the plain one under this name.
+    forward = getattr(model, "_original_forward", model)
+    with torch.autocast(next(model.parameters()).device.type, enabled=False):
+        return forward(**inputs)
+
+
+class Float64Throughout(TorchFunctionMode):
+    """Run code that asks for float32 in float64 instead.
+
+    Norms, softmax and rotary tables of many models are computed in float32 whatever the dtype of the weights, which
+    rounds a float64 model to float32 inside.
+    """
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is Tensor.float:
+            function = Tensor.double
+        args = tuple(torch.float64 if value is torch.float32 else value for value in args)
+        kwargs = {k: torch.float64 if value is torch.float32 else value for k, value in (kwargs or {}).items()}
+        return function(*args, **kwargs)
+
+
+def output_tensors(output: Any, name: str = "") -> dict[str, Tensor]:
+    """Floating-point tensors of a model's output by their path in it, without its internals."""
+    if isinstance(output, Tensor):
+        return {name or "output": output} if output.is_floating_point() else {}
+    if isinstance(output, Mapping):
+        items = [(str(key), value) for key, value in output.items() if key not in _INTERNAL_OUTPUTS]
+    elif isinstance(output, (list, tuple)):
+        items = [(str(index), value) for index, value in enumerate(output)]
+    else:
+        return {}
+    found: dict[str, Tensor] = {}
+    for key, value in items:
+        found.update(output_tensors(value, f"{name}.{key}" if name else key))
+    return found
+
+
+def first_non_finite(model: nn.Module) -> str | None:
+    """Name of the first parameter or buffer that holds NaN or infinity."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            return name
+    return None

@@ -1,0 +1,464 @@
+"""`apply_spp` and the `Reordering` it returns: score, order, gather, prove; undo, save and load."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from . import checkpoint, hub
+from .apply import gather_tensors, invert_indices, named_tensors
+from .architectures import channel_groups
+from .calibration import calibrated_scores
+from .channels import ChannelMap, Refusal
+from .config import AXES, CONFIG_NAME, FORMAT_VERSION, SPPConfig, check_format_version
+from .errors import (
+    CalibrationError,
+    CheckpointError,
+    EqualFunctionError,
+    IllegalAxisError,
+    OrdersError,
+    UnsupportedModelError,
+)
+from .permutation import check_orders, gather_indices, moved_channels, salient_order
+from .proof import Proof, Witness, default_tolerance
+from .saliency import weight_scores
+from .version import __version__
+
+logger = logging.get_logger(__name__)
+
+ORDERS_NAME = "spp_orders.safetensors"
+# The reorderings a live model went through, as far as this process did them; absent means unknown.
+_HISTORY = "_spp_history"
+
+
+@dataclass(frozen=True, eq=False)
+class Reordering:
+    """What one reordering did to a model, and the means to undo or repeat it.
+
+    Attributes:
+        config: The settings; `metric` and `axes` state what was really used.
+        orders: Per group `[blocks, size]`, int64: entry `[b, i]` is the channel of original block `b` at rank `i`.
+        scores: Per group `[blocks, size]`, float32, in the original order.
+        axis_of: The axis of each group.
+        layer_of: The layer of each group, None for a group that spans layers.
+        refused: Axes that may not move, where and why.
+        proof: How far the outputs moved, None if the proof was switched off.
+        tolerance: Largest relative difference that was accepted, None if the proof was switched off.
+        model_type: The config's `model_type`.
+        model_class: Class name of the model that was reordered.
+        dtype: Dtype of its weights.
+        versions: Versions of the packages that took part.
+    """
+
+    config: SPPConfig
+    orders: Mapping[str, Tensor]
+    scores: Mapping[str, Tensor]
+    axis_of: Mapping[str, str]
+    layer_of: Mapping[str, int | None]
+    refused: tuple[Refusal, ...]
+    proof: Proof | None
+    tolerance: float | None
+    model_type: str
+    model_class: str
+    dtype: str
+    versions: Mapping[str, str] = field(default_factory=lambda: _versions())
+
+    @property
+    def max_abs_diff(self) -> float | None:
+        """Largest absolute difference of the model's outputs, None if the proof was switched off."""
+        return None if self.proof is None else self.proof.max_abs_diff
+
+    @property
+    def relative_diff(self) -> float | None:
+        """Largest difference relative to the scale of its output, None if the proof was switched off."""
+        return None if self.proof is None else self.proof.relative_diff
+
+    @property
+    def changed(self) -> bool:
+        """Whether any channel moved; false for a model that was already in order."""
+        return any(moved_channels(order) for order in self.orders.values())
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The axes that were put in order."""
+        return tuple(axis for axis in AXES if axis in self.axis_of.values())
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the orders."""
+        total = hashlib.sha256()
+        for name in sorted(self.orders):
+            total.update(name.encode())
+            total.update(self.orders[name].contiguous().numpy().tobytes())
+        return total.hexdigest()
+
+    def undo(self, model: PreTrainedModel) -> None:
+        """Bring every channel back to its original place, in place and bit for bit.
+
+        Args:
+            model: The reordered model, or one loaded from its checkpoint; training in between is kept.
+
+        Raises:
+            OrdersError: The orders do not fit this model, or it is not in the order that this reordering made.
+        """
+        history: tuple[str, ...] | None = getattr(model, _HISTORY, None)
+        if history is not None and history[-1:] != (self.digest,):
+            state = "in its original order" if not history else "in the order of another reordering"
+            raise OrdersError(
+                f"This {type(model).__name__} is {state}, so this reordering cannot be undone on it. "
+                "Undo the last reordering first, or load the reordered checkpoint again."
+            )
+        gather_tensors(named_tensors(model), invert_indices(self._indices(model)))
+        _remember(model, () if history is None else history[:-1])
+
+    def apply(self, model: PreTrainedModel) -> None:
+        """Reorder another copy of the original model the same way, in place.
+
+        Args:
+            model: A model in its original order, for example a fresh download, with or without another head.
+
+        Raises:
+            OrdersError: The orders do not fit this model, or it is already in this order.
+        """
+        history: tuple[str, ...] = getattr(model, _HISTORY, ())
+        if history[-1:] == (self.digest,):
+            raise OrdersError(
+                f"This {type(model).__name__} is already in the order of this reordering. Apply it to the original."
+            )
+        gather_tensors(named_tensors(model), self._indices(model))
+        _remember(model, (*history, self.digest))
+
+    def _indices(self, model: PreTrainedModel) -> dict[str, dict[int, Tensor]]:
+        _check_writable(model)
+        groups = channel_groups(model)
+        check_orders(groups, self.orders)
+        return gather_indices(groups, self.orders, {name: t.shape for name, t in named_tensors(model).items()})
+
+    def summary(self) -> dict[str, Any]:
+        """What was done, as plain JSON types: axes, channels moved, what was refused, the proof."""
+        axes: dict[str, dict[str, int]] = {}
+        for axis in self.axes:
+            orders = [order for name, order in self.orders.items() if self.axis_of[name] == axis]
+            axes[axis] = {
+                "groups": len(orders),
+                "channels": sum(order.numel() for order in orders),
+                "moved": sum(map(moved_channels, orders)),
+            }
+        return {
+            "format_version": FORMAT_VERSION,
+            "model_type": self.model_type,
+            "model_class": self.model_class,
+            "dtype": self.dtype,
+            "metric": self.config.metric_name,
+            "seed": self.config.seed,
+            "axes": axes,
+            "changed": self.changed,
+            "refused": [dataclasses.asdict(refusal) for refusal in self.refused],
+            "verified": self.proof is not None,
+            "max_abs_diff": self.max_abs_diff,
+            "relative_diff": self.relative_diff,
+            "output_scale": None if self.proof is None else self.proof.output_scale,
+            "tolerance": self.tolerance,
+            "versions": dict(self.versions),
+        }
+
+    def __str__(self) -> str:
+        summary = self.summary()
+        lines = [f"Reordering of {self.model_class} by {summary['metric']} ({self.dtype})"]
+        for axis, count in summary["axes"].items():
+            lines.append(
+                f"  {axis:<7}{count['groups']:>5} groups {count['moved']:>8} of {count['channels']} channels moved"
+            )
+        for refusal in self.refused:
+            lines.append(f"  {refusal.axis:<7}stays in place at {refusal.where}: {refusal.reason}")
+        if not self.changed:
+            lines.append("  nothing moved: the model was already in this order")
+        if self.proof is None:
+            lines.append("  equal function was NOT checked: the proof was switched off")
+        else:
+            lines.append(
+                f"  equal function: max|Δ| = {self.proof.max_abs_diff:.2e}, {self.proof.relative_diff:.1e} of the "
+                f"output's scale (accepted up to {self.tolerance:.0e})"
+            )
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        return (
+            f"Reordering({self.model_class}, axes={self.axes}, metric={self.config.metric_name!r}, "
+            f"changed={self.changed}, max_abs_diff={self.max_abs_diff})"
+        )
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> tuple[Path, Path]:
+        """Write `spp_config.json` and `spp_orders.safetensors` (orders and scores) into a folder.
+
+        Returns:
+            Both paths.
+        """
+        folder = Path(save_directory)
+        orders = checkpoint.write_bytes(folder / ORDERS_NAME, self.to_bytes())
+        return self.config.save_pretrained(folder), orders
+
+    def to_bytes(self) -> bytes:
+        """The whole reordering as one safetensors file: orders and scores, the rest as JSON in its metadata."""
+        tensors = {f"orders.{name}": order.to(torch.int32) for name, order in self.orders.items()}
+        tensors |= {f"scores.{name}": score.to(torch.float32) for name, score in self.scores.items()}
+        metadata = {
+            "format": "pt",
+            "format_version": str(FORMAT_VERSION),
+            "config": json.dumps(self.config.to_dict(), sort_keys=True),
+            "summary": json.dumps(self.summary(), sort_keys=True),
+            "groups": json.dumps({n: [self.axis_of[n], self.layer_of[n]] for n in sorted(self.orders)}),
+        }
+        return checkpoint.pack_tensors(tensors, metadata)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+    ) -> "Reordering":
+        """Read a reordering from a folder or a Hub repo; every order is checked to be a permutation.
+
+        Raises:
+            CheckpointError: A file is missing, damaged, from a newer version, or the two do not belong together.
+            OrdersError: An order is no permutation.
+            HubError: The repo cannot be reached.
+        """
+        source = pretrained_model_name_or_path
+        config = SPPConfig.from_pretrained(source, revision=revision, token=token)
+        path = hub.resolve_file(source, ORDERS_NAME, revision=revision, token=token)
+        reordering = cls.from_bytes(checkpoint.read_bytes(path))
+        if reordering.config.to_dict() != config.to_dict():
+            raise CheckpointError(
+                f"{CONFIG_NAME} and {ORDERS_NAME} of {source} come from different reorderings. "
+                "Save both again with Reordering.save_pretrained."
+            )
+        return reordering
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> "Reordering":
+        """A reordering from what `to_bytes` gave; every byte is validated.
+
+        Raises:
+            CheckpointError: The data is damaged or from a newer version.
+            OrdersError: An order is no permutation.
+        """
+        tensors, metadata = checkpoint.unpack_tensors(data, ORDERS_NAME)
+        stored = _parse_metadata(metadata)
+        orders = {n.removeprefix("orders."): t.long() for n, t in tensors.items() if n.startswith("orders.")}
+        scores = {n.removeprefix("scores."): t for n, t in tensors.items() if n.startswith("scores.")}
+        groups, summary = stored["groups"], stored["summary"]
+        if not (set(orders) == set(scores) == set(groups)) or any(orders[n].shape != scores[n].shape for n in orders):
+            raise CheckpointError(f"Orders, scores and groups in {ORDERS_NAME} do not match. Save it again.")
+        for name, order in orders.items():
+            _check_permutation(name, order)
+        try:
+            proof = None
+            if summary["verified"]:
+                proof = Proof(summary["max_abs_diff"], summary["relative_diff"], summary["output_scale"])
+            return cls(
+                SPPConfig.from_dict(stored["config"]),
+                orders,
+                scores,
+                {name: axis for name, (axis, _) in groups.items()},
+                {name: layer for name, (_, layer) in groups.items()},
+                tuple(Refusal(**refusal) for refusal in summary["refused"]),
+                proof,
+                summary["tolerance"],
+                summary["model_type"],
+                summary["model_class"],
+                summary["dtype"],
+                summary["versions"],
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"The summary in {ORDERS_NAME} is damaged ({error!r}). Save it again.") from error
+
+
+def apply_spp(
+    model: PreTrainedModel,
+    config: SPPConfig | None = None,
+    *,
+    calibration: Iterable[Mapping[str, Any]] | None = None,
+    example_inputs: Mapping[str, Any] | None = None,
+) -> Reordering:
+    """Put a model's channels in order of saliency, in place, without changing what it computes.
+
+    The model is run on a small input before and after. If its outputs moved further than the tolerance, every weight
+    is put back bit for bit and an error is raised.
+
+    Args:
+        model: A transformers model. Its class, config and shapes stay the same; tied weights stay tied.
+        config: What to reorder and how; None means `SPPConfig()`.
+        calibration: Any iterable of dict batches of forward arguments, for the metrics `activation` and `taylor`.
+        example_inputs: Forward arguments for the proof; None builds them from the model's config.
+
+    Returns:
+        The reordering, with orders, scores, the proof, and what may not move and why.
+
+    Raises:
+        UnsupportedModelError: The model is quantized, on the meta device, or no transformers model.
+        UnsupportedArchitectureError: No channel group was found.
+        IllegalAxisError: A configured axis may not move in this model.
+        CalibrationError: The metric needs calibration data and has none that works.
+        NonFiniteWeightsError: A weight is NaN or infinite.
+        ExampleInputsError: No inputs for the proof.
+        EqualFunctionError: The outputs moved past the tolerance; the model was restored.
+
+    Reference:
+        Salient parameter prioritization, arXiv:2310.00247.
+    """
+    config = SPPConfig() if config is None else config
+    groups = _select_axes(channel_groups(model), config, model)
+    _check_writable(model)
+    config = _settle(config, groups, calibration)
+    witness = Witness(model, example_inputs, config.seed) if config.verify else None
+    scores = _score(model, groups, config, calibration)
+    orders = {name: salient_order(values) for name, values in scores.items()}
+    tensors = named_tensors(model)
+    indices = gather_indices(groups, orders, {name: tensor.shape for name, tensor in tensors.items()})
+    proof = tolerance = None
+    gather_tensors(tensors, indices)
+    if witness is not None:
+        tolerance = config.tolerance if config.tolerance is not None else default_tolerance(model)
+        proof = _prove(model, witness, orders, tolerance, lambda: gather_tensors(tensors, invert_indices(indices)))
+    reordering = Reordering(
+        config,
+        orders,
+        {name: values.float() for name, values in scores.items()},
+        {group.name: group.axis for group in groups},
+        {group.name: group.layer for group in groups},
+        groups.refused,
+        proof,
+        tolerance,
+        model.config.model_type,
+        type(model).__name__,
+        str(model.dtype).removeprefix("torch."),
+    )
+    _remember(model, (*getattr(model, _HISTORY, ()), reordering.digest))
+    if not reordering.changed:
+        logger.warning(f"{type(model).__name__} was already in this order; no channel moved.")
+    return reordering
+
+
+def _select_axes(groups: ChannelMap, config: SPPConfig, model: PreTrainedModel) -> ChannelMap:
+    if config.axes is None:
+        selected = groups.select(axis for axis in AXES if axis != "hidden")
+        if len(selected) == 0:
+            raise IllegalAxisError(
+                f"No axis but 'hidden' may move in {type(model).__name__}, and 'hidden' must be asked for by name. "
+                "Set SPPConfig(axes=('hidden',))."
+            )
+        return selected
+    for axis in config.axes:
+        if axis not in groups.axes:
+            reasons = "; ".join(f"{r.where}: {r.reason}" for r in groups.refused if r.axis == axis)
+            raise IllegalAxisError(
+                f"Axis {axis!r} may not move in {type(model).__name__} (model_type {model.config.model_type!r}): "
+                f"{reasons or 'the model has no such channels'}. Legal axes here: {', '.join(groups.axes)}. "
+                "Leave it out of SPPConfig(axes=...)."
+            )
+    return groups.select(config.axes)
+
+
+def _check_writable(model: PreTrainedModel) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.device.type == "meta":
+            raise UnsupportedModelError(
+                f"Parameter {name} of {type(model).__name__} is on the meta device and holds no values. "
+                "Load the weights first (from_pretrained without device_map='meta' or disk offload)."
+            )
+
+
+def _settle(config: SPPConfig, groups: ChannelMap, calibration: Iterable[Any] | None) -> SPPConfig:
+    """The config with axes and metric as they will really be used."""
+    metric = config.metric
+    if metric is None:
+        metric = "l1" if calibration is None else "activation"
+    settled = dataclasses.replace(config, metric=metric, axes=tuple(a for a in AXES if a in groups.axes))
+    if settled.needs_calibration and calibration is None:
+        raise CalibrationError(
+            f"Metric {metric!r} needs calibration data and none was given. Pass calibration=<iterable of dict batches "
+            "of forward arguments>, or choose a weight-only metric: l1, l2, random."
+        )
+    if calibration is not None and not settled.needs_calibration:
+        raise CalibrationError(
+            f"Calibration data was given, but metric {settled.metric_name!r} does not use it. Leave calibration out, "
+            "or choose metric 'activation' or 'taylor'."
+        )
+    return settled
+
+
+def _score(
+    model: PreTrainedModel, groups: ChannelMap, config: SPPConfig, calibration: Iterable[Mapping[str, Any]] | None
+) -> dict[str, Tensor]:
+    if calibration is not None and isinstance(config.metric, str):
+        return calibrated_scores(
+            model, groups, calibration, config.metric, max_batches=config.calibration_batches, seed=config.seed
+        )
+    return weight_scores(groups, named_tensors(model), config.metric or "l1", config.seed)
+
+
+def _prove(model: PreTrainedModel, witness: Witness, orders: Mapping[str, Tensor], tolerance: float, restore: Any) -> Proof:
+    hidden = orders.get("hidden")
+    try:
+        proof = witness.compare(model, None if hidden is None else hidden.flatten())
+    except BaseException:
+        restore()
+        raise
+    if not proof.relative_diff <= tolerance:
+        restore()
+        raise EqualFunctionError(
+            f"The outputs of {type(model).__name__} moved by {proof.max_abs_diff:.3g}, {proof.relative_diff:.3g} of "
+            f"their scale; up to {tolerance:.3g} is accepted. The model was put back bit for bit. Leave out the axis "
+            f"that is not legal here (one of {', '.join(sorted({n.rpartition('.')[2] for n in orders}))}) and report "
+            "the architecture; in low precision, reorder in float32 instead."
+        )
+    return proof
+
+
+def _remember(model: PreTrainedModel, history: tuple[str, ...]) -> None:
+    setattr(model, _HISTORY, history)
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "hf_spp": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def _parse_metadata(metadata: Mapping[str, str]) -> dict[str, Any]:
+    try:
+        version = int(metadata["format_version"])
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(f"{ORDERS_NAME} states no format_version. It was not written by hf_spp.") from error
+    check_format_version(version, ORDERS_NAME)
+    try:
+        return {key: json.loads(metadata[key]) for key in ("config", "summary", "groups")}
+    except (KeyError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"The metadata of {ORDERS_NAME} is damaged ({error}). Save it again.") from error
+
+
+def _check_permutation(name: str, order: Tensor) -> None:
+    size = order.shape[-1] if order.dim() == 2 else 0
+    if order.dim() != 2 or not torch.equal(order.sort(-1).values, torch.arange(size).expand(order.shape[0], -1)):
+        raise OrdersError(
+            f"The order of {name!r} in {ORDERS_NAME} is no permutation in every block. "
+            "The file is damaged; download or save it again."
+        )

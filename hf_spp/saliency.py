@@ -1,0 +1,103 @@
+"""Scores: how salient each channel of a group is, from weights alone or from calibration data.
+
+Every metric is one definition over the group map. Weight metrics reduce the group's matrices; calibrated metrics watch
+the activations of the modules that hold them.
+"""
+
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from .channels import ChannelGroup
+from .errors import NonFiniteWeightsError, SPPConfigError
+
+# Weights are reduced in float64 some rows at a time: exact enough that equal channels tie, without a float64 copy.
+_PIECE_BYTES = 1 << 20
+
+
+@torch.no_grad()
+def weight_scores(
+    groups: Iterable[ChannelGroup],
+    tensors: Mapping[str, Tensor],
+    metric: str | Callable[[ChannelGroup, Sequence[Tensor]], Tensor],
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """Score channels from weights alone.
+
+    With `l1` and `l2` a channel's score is the mean, over the group's matrices, of the norm of all weights that belong
+    to the channel. For query and key rows of a head that is the paper's metric.
+
+    Args:
+        groups: The groups to score.
+        tensors: Every member tensor by name.
+        metric: `l1`, `l2`, `random`, or a callable that gets the group and its matrices, each viewed as
+            `[blocks, size, ...]`, and returns `[blocks, size]`.
+        seed: Seed of `random`; the draw of a group depends on its name and this alone.
+
+    Returns:
+        Scores by group name, `[blocks, size]`, float64 for the norms, on the CPU.
+
+    Raises:
+        NonFiniteWeightsError: A weight is NaN or infinite.
+        SPPConfigError: A callable returned something else than `[blocks, size]` finite numbers.
+
+    Reference:
+        arXiv:2310.00247 for `l1` over query and key rows.
+    """
+    if metric == "random":
+        return {group.name: _random_scores(group, seed) for group in groups}
+    if callable(metric):
+        return {group.name: _custom_scores(group, tensors, metric) for group in groups}
+    power = {"l1": 1, "l2": 2}[metric]
+    sums: dict[tuple[str, int], Tensor] = {}
+    scores = {}
+    for group in groups:
+        norms = []
+        for member in group.scored_members:
+            key = (member.tensor, member.dim)
+            if key not in sums:
+                sums[key] = channel_sums(tensors[member.tensor], member.dim, power)
+                _check_finite(member.tensor, sums[key])
+            norms.append(member.view_channels(sums[key], group).sum(-1) ** (1 / power))
+        scores[group.name] = torch.stack(norms).mean(0)
+    return scores
+
+
+def channel_sums(tensor: Tensor, dim: int, power: int) -> Tensor:
+    """Sum of |w|^power over every dimension but `dim`, `[length]`, float64, on the CPU."""
+    matrix = tensor.movedim(dim, 0).flatten(1) if dim != tensor.dim() - 1 else tensor.flatten(0, -2)
+    over = 0 if dim == tensor.dim() - 1 else 1
+    rows = max(1, _PIECE_BYTES // (matrix.shape[1] * matrix.element_size()))
+    pieces = (piece.to(torch.float64, copy=True) for piece in matrix.split(rows))
+    sums = [(piece.abs_() if power == 1 else piece.square_()).sum(over) for piece in pieces]
+    return (torch.cat(sums) if over else torch.stack(sums).sum(0)).cpu()
+
+
+def _check_finite(name: str, sums: Tensor) -> None:
+    if not bool(sums.isfinite().all()):
+        channel = int((~sums.isfinite()).nonzero()[0])
+        raise NonFiniteWeightsError(
+            f"Parameter {name} holds NaN or infinity at channel {channel}; finite weights are needed to rank "
+            "channels. Reload the checkpoint, or repair the weight."
+        )
+
+
+def _random_scores(group: ChannelGroup, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{group.name}".encode()))
+    return torch.rand(group.blocks, group.size, generator=generator)
+
+
+def _custom_scores(
+    group: ChannelGroup, tensors: Mapping[str, Tensor], metric: Callable[[ChannelGroup, Sequence[Tensor]], Tensor]
+) -> Tensor:
+    scores = metric(group, [member.view(tensors[member.tensor], group) for member in group.scored_members])
+    if not isinstance(scores, Tensor) or tuple(scores.shape) != (group.blocks, group.size):
+        given = f"{list(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
+        raise SPPConfigError(
+            f"The metric returned {given} for group {group.name}; a tensor [{group.blocks}, {group.size}] is needed."
+        )
+    if not bool(scores.isfinite().all()):
+        raise SPPConfigError(f"The metric returned NaN or infinity for group {group.name}; finite scores are needed.")
+    return scores.detach().cpu()
