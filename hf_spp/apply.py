@@ -64,7 +64,7 @@ def _gather(tensor: Tensor, dims: Mapping[int, Tensor]) -> None:
 def _gather_columns(matrix: Tensor, index: Tensor) -> None:
     """Gather the columns of a contiguous matrix in place, some rows at a time."""
     rows = max(1, _PIECE_BYTES // (matrix.shape[1] * matrix.element_size()))
-    pieces = matrix.split(rows)
+    pieces = torch.split(matrix, rows)
     done = 0
     try:
         for piece in pieces:

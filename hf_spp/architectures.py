@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .channels import ChannelGroup, ChannelMap, Member, Refusal, Role
+from .channels import ChannelGroup, ChannelMap, Member, Refusal
 from .config import AXES
 from .errors import UnsupportedArchitectureError, UnsupportedModelError
 
@@ -87,11 +87,10 @@ def channel_groups(model: nn.Module) -> ChannelMap:
         UnsupportedModelError: `model` is no transformers model, or its weights are quantized.
         UnsupportedArchitectureError: No structure of the written map occurs in the model.
     """
-    _check_model(model)
-    return _Resolver(model).resolve()
+    return _Resolver(_checked(model)).resolve()
 
 
-def _check_model(model: Any) -> None:
+def _checked(model: Any) -> PreTrainedModel:
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(
             f"A {type(model).__name__} was given; a transformers PreTrainedModel is needed. "
@@ -108,6 +107,7 @@ def _check_model(model: Any) -> None:
                 f"Parameter {name} of {type(model).__name__} has dtype {parameter.dtype}; float16, bfloat16, float32 "
                 "or float64 weights are needed. Reorder the unquantized checkpoint first and quantize the result."
             )
+    return model
 
 
 @dataclass(frozen=True)
@@ -264,7 +264,10 @@ class _Resolver:
                 self._refuse(axes, path, f"{pattern.projections[0]} does not stack q, k and v in equal parts")
                 return None
         query, key, value = projections
-        head_dim = _head_dim(owner, query)
+        head_dim = _head_dim(owner)
+        if head_dim is None:
+            self._refuse(axes, path, f"the module states no head size ({', '.join(HEAD_DIM_ATTRIBUTES)})")
+            return None
         if (reason := _misfit(query, key, value, output, head_dim)) is not None:
             self._refuse(axes, path, reason)
             return None
@@ -278,9 +281,7 @@ class _Resolver:
             self._refuse(axes, path, "the norm of q or k does not span one head")
             return None
         heads, key_value_heads = query.outputs // head_dim, key.outputs // head_dim
-        return _Attention(
-            path, query, key, value, output, heads, key_value_heads, _is_rotary(owner), tables, norms
-        )
+        return _Attention(path, query, key, value, output, heads, key_value_heads, _is_rotary(owner), tables, norms)
 
     def _tie_heads(self, attentions: list[_Attention]) -> None:
         """Tie the head order of every layer of a stack whose first layer's table serves them all, as in T5."""
@@ -351,12 +352,12 @@ class _Resolver:
     # Residual stream
 
     def _hidden_group(self, attentions: list[_Attention], feed_forwards: list[_FeedForward]) -> ChannelGroup | None:
-        if self.model.base_model is self.model and self.model.get_output_embeddings() is None:
+        if self.model.base_model is self.model and self.model.get_output_embeddings() is None:  # type: ignore[no-untyped-call]
             self._refuse(("hidden",), type(self.model).__name__, HEADLESS_REASON)
             return None
         readers = [p for unit in attentions for p in (unit.query, unit.key, unit.value)]
         readers += [p for unit in feed_forwards for p in unit.inner]
-        writers = [unit.output for unit in (*attentions, *feed_forwards)]
+        writers = [unit.output for unit in attentions] + [unit.output for unit in feed_forwards]
         sizes = {p.inputs for p in readers} | {p.outputs for p in writers}
         if len(sizes) != 1:
             self._refuse(("hidden",), type(self.model).__name__, f"the stream has several widths, {sorted(sizes)}")
@@ -402,6 +403,9 @@ class _Resolver:
         projection = self._projection("", path)
         if projection is None:
             return []
+        if _layer(path) is not None and size in (projection.inputs, projection.outputs):
+            self._refuse(("hidden",), path, "a linear map inside a layer that no pattern explains")
+            return None
         if leaf == "bias":
             return [Member(f"{path}.bias", "c", "producer")] if projection.outputs == size else []
         produced = projection.outputs == size
@@ -423,7 +427,7 @@ def _join(path: str, relative: str) -> str:
 
 def _split_fused(fused: _Projection) -> list[_Projection] | None:
     part, rest = divmod(fused.outputs, 3)
-    if rest or part % fused.inputs and fused.inputs % part:
+    if rest or (part % fused.inputs and fused.inputs % part):
         return None
     return [
         _Projection(fused.module, fused.transposed, fused.bias, fused.inputs, part, (index * part, (index + 1) * part))
@@ -431,19 +435,15 @@ def _split_fused(fused: _Projection) -> list[_Projection] | None:
     ]
 
 
-def _head_dim(owner: nn.Module, query: _Projection) -> int | None:
+def _head_dim(owner: nn.Module) -> int | None:
     for attribute in HEAD_DIM_ATTRIBUTES:
         if isinstance(value := getattr(owner, attribute, None), int):
             return value
     return None
 
 
-def _misfit(
-    query: _Projection, key: _Projection, value: _Projection, output: _Projection, head_dim: int | None
-) -> str | None:
+def _misfit(query: _Projection, key: _Projection, value: _Projection, output: _Projection, head_dim: int) -> str | None:
     """Why the projections are no multi-head attention, or None."""
-    if not head_dim:
-        return f"the module states no head size ({', '.join(HEAD_DIM_ATTRIBUTES)})"
     if query.outputs % head_dim or key.outputs % head_dim:
         return f"q and k have {query.outputs} and {key.outputs} rows, no multiples of the head size {head_dim}"
     if key.outputs != value.outputs or query.outputs != output.inputs or query.outputs % key.outputs:

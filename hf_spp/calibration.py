@@ -4,7 +4,7 @@ One pass over the data. A channel is watched where it is read, at the input of t
 rows, which no layer consumes, at the output of their projections. Memory does not grow with the data.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
@@ -65,7 +65,7 @@ def calibrated_scores(
     points = {point for group in groups for point in map(_point, _watched(group))}
     taken = islice(batches, max_batches)
     total = max_batches
-    if hasattr(batches, "__len__"):
+    if isinstance(batches, Sized):
         total = len(batches) if max_batches is None else min(len(batches), max_batches)
     count = 0
     with evaluation_mode(model), _hooks(model, points, watch):
@@ -212,9 +212,9 @@ class _TaylorWatch(_Watch):
         for group in self.groups:
             watched = [(member, changes[_point(member)]) for member in _watched(group) if _point(member) in changes]
             if watched:
-                change = sum(member.view_channels(one, group).sum(-1) for member, one in watched)
-                squares = torch.as_tensor(change).square().sum(0)
-                self.squares[group.name] = self.squares.get(group.name, 0) + squares
+                parts = [member.view_channels(one, group).sum(-1) for member, one in watched]
+                squares = torch.stack(parts).sum(0).square().sum(0)
+                self.squares[group.name] = self.squares.get(group.name, torch.zeros(())) + squares
         self.samples += max((gate.shape[0] for gate in changes.values()), default=0)
 
     def _loss(self, output: Any) -> Tensor:

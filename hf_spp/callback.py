@@ -1,8 +1,10 @@
 """`SPPCallback`: reorders inside a stock `Trainer`. It decides when; how is `apply_spp`'s."""
 
 import base64
+import hashlib
 import inspect
 import random
+import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,17 +19,20 @@ from transformers.trainer_callback import CallbackHandler, ExportableState
 from transformers.utils import logging
 
 from . import checkpoint
+from ._compat import accept_checkpoint_names
+from .apply import named_tensors
 from .config import SPPConfig
 from .errors import CallbackError
-from .model_card import CardContent, render_card, update_card_with_evaluation
+from .model_card import CardContent, render_card, task_of_class, update_card_with_evaluation
 from .reordering import Reordering, apply_spp
 
 logger = logging.get_logger(__name__)
 
 CARD_NAME = "README.md"
+_SAMPLE = 256
 
 
-class SPPCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
+class SPPCallback(TrainerCallback, ExportableState):
     """Put a model's channels in order when training begins, and keep the orders with every checkpoint.
 
     The reordering happens once, before the first step, and is proved equal as by `apply_spp`. Every checkpoint folder
@@ -56,23 +61,35 @@ class SPPCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         self.example_inputs = example_inputs
         self.reordering: Reordering | None = None
         self._evaluations: dict[str, dict[str, float]] = {}
+        self._ended = False
+        self._model: PreTrainedModel | None = None
+
+    def on_init_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Make a later resume load every weight of a checkpoint."""
+        if isinstance(kwargs.get("model"), PreTrainedModel):
+            accept_checkpoint_names(kwargs["model"])
 
     def on_train_begin(
         self,
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        *,
-        model: PreTrainedModel,
-        train_dataloader: DataLoader[Any],
         **kwargs: Any,
     ) -> None:
         """Reorder the model, or take up the reordering of the checkpoint that is resumed."""
+        model = kwargs["model"]
         handler = _calling_handler()
         _check_alone(self, handler)
         _check_whole_weights(args)
         if state.global_step > 0:
-            self.reordering = _stored_reordering(state)
+            self.reordering, fingerprint = _stored_reordering(state)
+            _check_resumed(model, fingerprint)
             logger.info("The resumed model is already in order; nothing is moved.")
             return
         if self.reordering is not None:
@@ -80,11 +97,9 @@ class SPPCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
             return
         calibration = self.calibration
         if calibration is None and self.config.needs_calibration:
-            calibration = _training_batches(train_dataloader, self.config.seed)
+            calibration = _training_batches(kwargs["train_dataloader"], self.config.seed)
         with _untouched_rng():
-            self.reordering = apply_spp(
-                model, self.config, calibration=calibration, example_inputs=self.example_inputs
-            )
+            self.reordering = apply_spp(model, self.config, calibration=calibration, example_inputs=self.example_inputs)
         logger.info(str(self.reordering))
         if handler is not None and state.is_world_process_zero:
             logs = _logged(self.reordering)
@@ -94,31 +109,65 @@ class SPPCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write the config and the orders into the checkpoint's folder."""
         if self.reordering is not None and state.is_world_process_zero:
-            self.reordering.save_pretrained(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+            self.reordering.save_pretrained(_folder(args) / f"checkpoint-{state.global_step}")
 
-    def on_evaluate(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        *,
-        metrics: dict[str, float] | None = None,
-        eval_dataloader: DataLoader[Any] | None = None,
-        **kwargs: Any,
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Remember the model, whose weights `state` takes a fingerprint of when a checkpoint is written."""
+        self._model = kwargs["model"]
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Keep the evaluation's results for the card; after training, write them into it at once."""
+        dataset, results = _evaluated(kwargs["metrics"], kwargs.get("eval_dataloader"))
+        self._evaluations[dataset] = results
+        if self._ended:
+            self._write_card(args, state, kwargs["model"])
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Remember the evaluation's results for the card."""
-
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write the orders and the card into the output folder."""
+        self._ended = True
         if self.reordering is not None and state.is_world_process_zero:
-            self.reordering.save_pretrained(args.output_dir)
+            self.reordering.save_pretrained(_folder(args))
+        self._write_card(args, state, kwargs["model"])
+
+    def _write_card(self, args: TrainingArguments, state: TrainerState, model: PreTrainedModel) -> None:
+        if self.reordering is None or not state.is_world_process_zero:
+            return
+        path, task = _folder(args) / CARD_NAME, task_of_class(type(model).__name__)
+        rows = [
+            {"dataset": dataset, "method": "spp", "seed": args.seed, "metrics": metrics}
+            for dataset, metrics in self._evaluations.items()
+        ]
+        name = (args.hub_model_id or _folder(args).resolve().name).split("/")[-1]
+        if path.exists():
+            if rows:
+                text = checkpoint.read_text(path)
+                text = update_card_with_evaluation(text, rows, task=task, model_name=name)
+                checkpoint.write_text(path, text)
+            return
+        base = model.config._name_or_path
+        content = CardContent(
+            model_name=name,
+            summary=self.reordering.summary(),
+            base_model=base if base and not Path(base).exists() else None,
+            pipeline_tag=task,
+            rows=rows,
+            fine_tuned=True,
+        )
+        checkpoint.write_text(path, str(render_card(content)))
 
     def state(self) -> dict[str, Any]:
         """What `trainer_state.json` keeps of this callback, so that a resumed run finds its orders."""
-        packed = None
-        if self.reordering is not None:
+        packed = fingerprint = None
+        if self.reordering is not None and self._model is not None:
             packed = base64.b64encode(zlib.compress(self.reordering.to_bytes())).decode()
-        return {"args": {}, "attributes": {"packed_reordering": packed}}
+            fingerprint = _fingerprint(self._model)
+        return {"args": {}, "attributes": {"packed_reordering": packed, "fingerprint": fingerprint}}
+
+
+def _folder(args: TrainingArguments) -> Path:
+    return Path(str(args.output_dir))
 
 
 def _calling_handler() -> CallbackHandler | None:
@@ -153,9 +202,11 @@ def _check_whole_weights(args: TrainingArguments) -> None:
         )
 
 
-def _stored_reordering(state: TrainerState) -> Reordering:
-    stored = state.stateful_callbacks.get(SPPCallback.__name__)
-    packed = stored.get("attributes", {}).get("packed_reordering") if isinstance(stored, dict) else None
+def _stored_reordering(state: TrainerState) -> tuple[Reordering, str]:
+    callbacks: Any = state.stateful_callbacks
+    stored = callbacks.get(SPPCallback.__name__)
+    attributes = stored.get("attributes", {}) if isinstance(stored, dict) else {}
+    packed = attributes.get("packed_reordering")
     if packed is None:
         raise CallbackError(
             f"Training resumes at step {state.global_step} from a checkpoint that SPPCallback took no part in, so its "
@@ -167,7 +218,26 @@ def _stored_reordering(state: TrainerState) -> Reordering:
         raise CallbackError(
             f"The reordering in trainer_state.json is damaged ({error}). Resume from an earlier checkpoint."
         ) from error
-    return Reordering.from_bytes(data)
+    return Reordering.from_bytes(data), str(attributes.get("fingerprint"))
+
+
+def _fingerprint(model: PreTrainedModel) -> str:
+    """SHA-256 over a sample of every weight."""
+    total = hashlib.sha256()
+    for tensor in named_tensors(model).values():
+        flat = tensor.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // _SAMPLE)].to("cpu", torch.float64)
+        total.update(sample.numpy().tobytes())
+    return total.hexdigest()
+
+
+def _check_resumed(model: PreTrainedModel, fingerprint: str) -> None:
+    if _fingerprint(model) != fingerprint:
+        raise CallbackError(
+            f"The resumed {type(model).__name__} does not hold the weights of its checkpoint, so its channels are not "
+            "in the stored order: the Trainer did not load all of them. Pass the callback when the Trainer is built "
+            "(callbacks=[SPPCallback(...)]), and the same dtype as in the first run."
+        )
 
 
 def _training_batches(loader: DataLoader[Any], seed: int) -> Iterable[Mapping[str, Any]]:
@@ -192,6 +262,17 @@ def _untouched_rng() -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.set_state(numpy_state)
+
+
+def _evaluated(metrics: Mapping[str, Any], loader: DataLoader[Any] | None) -> tuple[str, dict[str, float]]:
+    """Name of the data set that was evaluated, and its metrics without the prefix and the run's timings."""
+    results = {}
+    for key, value in metrics.items():
+        name = key.partition("_")[2]
+        if name and isinstance(value, (int, float)) and not re.search(r"runtime|_per_second|^time$|preparation", name):
+            results[name] = float(value)
+    info = getattr(getattr(loader, "dataset", None), "info", None)
+    return getattr(info, "dataset_name", None) or "evaluation set", results
 
 
 def _logged(reordering: Reordering) -> dict[str, float]:

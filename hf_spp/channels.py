@@ -1,12 +1,12 @@
 """The data model: which tensor dimensions must move together.
 
-A channel group is the unit of everything in this package. Scores, orders, gathers and slices are verbs over its members,
-so an architecture is only a list of groups, and a verb never knows an architecture.
+A channel group is the unit of everything in this package. Scores, orders, gathers and slices are verbs over its
+members, so an architecture is only a list of groups, and a verb never knows an architecture.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cache, cached_property
 from typing import Literal
 
 import torch
@@ -157,12 +157,12 @@ def _arrange(tensor: Tensor, pattern: str, rest: str, group: ChannelGroup, lead:
     return view
 
 
-@lru_cache(maxsize=None)
+@cache
 def _names(pattern: str) -> frozenset[str]:
     return frozenset(pattern.replace("(", " ").replace(")", " ").split())
 
 
-@lru_cache(maxsize=None)
+@cache
 def _parse(pattern: str) -> tuple[tuple[str, ...], ...]:
     dims: list[tuple[str, ...]] = []
     inside: list[str] | None = None

@@ -115,7 +115,9 @@ def unpack_tensors(data: bytes, name: str) -> tuple[dict[str, torch.Tensor], dic
         length = int.from_bytes(data[:8], "little")
         header = json.loads(data[8 : 8 + length])
     except (SafetensorError, ValueError) as error:
-        raise CheckpointError(f"{name} is no readable safetensors file ({error}). Download or save it again.") from error
+        raise CheckpointError(
+            f"{name} is no readable safetensors file ({error}). Download or save it again."
+        ) from error
     return tensors, dict(header.get("__metadata__", {}))
 
 

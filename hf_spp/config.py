@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any
 
 from . import checkpoint, hub
 from .errors import CheckpointError, SPPConfigError
@@ -23,7 +23,7 @@ METRICS = WEIGHT_METRICS + CALIBRATED_METRICS
 CONFIG_NAME = "spp_config.json"
 FORMAT_VERSION = 1
 
-Metric = Union[str, Callable[["ChannelGroup", Sequence["Tensor"]], "Tensor"]]
+Metric = str | Callable[["ChannelGroup", Sequence["Tensor"]], "Tensor"]
 
 
 @dataclass(frozen=True)

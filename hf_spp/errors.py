@@ -53,6 +53,10 @@ class AssetError(SPPError, OSError):
     """A pinned model or data set of the demo could not be fetched, or its checksum is wrong."""
 
 
+class CardError(SPPError, ValueError):
+    """A model card, or a result row that goes into it, is malformed."""
+
+
 class DatasetError(SPPError, ValueError):
     """A data set lacks a split or a column that the task needs."""
 

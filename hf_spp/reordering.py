@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -412,7 +412,13 @@ def _score(
     return weight_scores(groups, named_tensors(model), config.metric or "l1", config.seed)
 
 
-def _prove(model: PreTrainedModel, witness: Witness, orders: Mapping[str, Tensor], tolerance: float, restore: Any) -> Proof:
+def _prove(
+    model: PreTrainedModel,
+    witness: Witness,
+    orders: Mapping[str, Tensor],
+    tolerance: float,
+    restore: Callable[[], None],
+) -> Proof:
     hidden = orders.get("hidden")
     try:
         proof = witness.compare(model, None if hidden is None else hidden.flatten())

@@ -70,7 +70,7 @@ def channel_sums(tensor: Tensor, dim: int, power: int) -> Tensor:
     matrix = tensor.movedim(dim, 0).flatten(1) if dim != tensor.dim() - 1 else tensor.flatten(0, -2)
     over = 0 if dim == tensor.dim() - 1 else 1
     rows = max(1, _PIECE_BYTES // (matrix.shape[1] * matrix.element_size()))
-    pieces = (piece.to(torch.float64, copy=True) for piece in matrix.split(rows))
+    pieces = (piece.to(torch.float64, copy=True) for piece in torch.split(matrix, rows))
     sums = [(piece.abs_() if power == 1 else piece.square_()).sum(over) for piece in pieces]
     return (torch.cat(sums) if over else torch.stack(sums).sum(0)).cpu()
 

@@ -1,0 +1,27 @@
+"""What depends on the version of transformers or torch, in one place."""
+
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
+
+
+def accept_checkpoint_names(model: PreTrainedModel) -> None:
+    """Let `model.load_state_dict` take the names of checkpoint files besides those in memory.
+
+    `Trainer` resumes with `load_state_dict(strict=False)`, without the renaming of `from_pretrained`: up to
+    transformers 5.23 the layers of ViT, DINOv2 and others silently stay as they are (transformers issue 43701).
+    """
+    own = set(model.state_dict())
+    renamings = [one for one in get_model_conversion_mapping(model) if isinstance(one, WeightRenaming)]
+
+    def rename(_: Any, state_dict: dict[str, Any], *rest: Any) -> None:
+        for name in [name for name in state_dict if name not in own]:
+            renamed = name
+            for renaming in renamings:
+                renamed, _pattern = renaming.rename_source_key(renamed)
+            if renamed in own:
+                state_dict[renamed] = state_dict.pop(name)
+
+    model.register_load_state_dict_pre_hook(rename)  # type: ignore[no-untyped-call]

@@ -1,0 +1,152 @@
+"""Whole checkpoints: write a reordered one, and check one that was written."""
+
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from . import checkpoint
+from .apply import named_tensors
+from .architectures import channel_groups
+from .config import SPPConfig
+from .hub import find_files
+from .loading import companion_files, load_model, quiet_transformers
+from .proof import Proof, Witness, default_tolerance
+from .reordering import ORDERS_NAME, Reordering, apply_spp
+from .reports import CHECKPOINT_NAME, write_card
+from .results import ComparisonResults
+from .saliency import weight_scores
+
+
+def load_original(source: str | os.PathLike[str], dtype: str = "float32") -> PreTrainedModel:
+    """Load a pretrained model with its channels in the original order; an earlier reordering is undone.
+
+    Args:
+        source: A folder or a Hub id.
+        dtype: As for `load_model`.
+
+    Raises:
+        SPPError: Whatever `load_model` raises, or the earlier reordering does not fit.
+    """
+    model = load_model(source, dtype)
+    if ORDERS_NAME in find_files(source, [ORDERS_NAME]):
+        Reordering.from_pretrained(source).undo(model)
+    return model
+
+
+def save_reordered(
+    model: PreTrainedModel,
+    reordering: Reordering,
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+) -> Path:
+    """Write a reordered model as a stock checkpoint, with its orders and a card.
+
+    The folder appears whole or not at all.
+
+    Args:
+        model: The reordered model.
+        reordering: What was done to it.
+        source: Folder or Hub id of the original; its tokenizer, processor and license files are copied, and its card's
+            license, language and task are carried over.
+        target: Folder to make.
+        overwrite: Whether a folder with content may be replaced.
+
+    Raises:
+        CheckpointError: `target` may not be replaced, or cannot be written.
+    """
+    checkpoint.check_replaceable(target, overwrite=overwrite)
+    beside = companion_files(source)
+    with checkpoint.replacing_folder(target, overwrite=overwrite) as folder:
+        with quiet_transformers():
+            model.save_pretrained(folder)
+        for name, path in beside.items():
+            if not (copy := folder / name).exists():
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, copy)
+        reordering.save_pretrained(folder)
+        write_card(folder, source=source)
+    return Path(target)
+
+
+def finish_comparison(results: ComparisonResults, source: str | os.PathLike[str]) -> Path:
+    """Leave the reordered checkpoint, with its own card, and the card of the comparison beside its results.
+
+    Args:
+        results: What `compare_methods` gave; the checkpoint is the pretrained model as its method `spp` reorders it.
+        source: Folder or Hub id of the compared model.
+
+    Returns:
+        Folder of the checkpoint: `checkpoint` in the folder of the results.
+
+    Raises:
+        SPPError: Whatever loading, reordering and saving raise.
+    """
+    model = load_original(source)
+    reordering = apply_spp(model, SPPConfig.from_dict(results.settings["config"]))
+    target = save_reordered(model, reordering, source, results.output_dir / CHECKPOINT_NAME, overwrite=True)
+    write_card(results.output_dir, source=source)
+    return target
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was found out about a reordered checkpoint.
+
+    Attributes:
+        reordering: The stored reordering; its files are whole and fit the model.
+        proof: How far the outputs moved when it was undone.
+        tolerance: Largest relative difference that is accepted.
+        scores_match: Whether the stored scores are those of the weights; None where the metric needs more than weights.
+    """
+
+    reordering: Reordering
+    proof: Proof
+    tolerance: float
+    scores_match: bool | None
+
+    @property
+    def equal(self) -> bool:
+        """Whether the model computes the same in both orders."""
+        return self.proof.relative_diff <= self.tolerance
+
+
+def verify_checkpoint(source: str | os.PathLike[str]) -> Verification:
+    """Check a reordered checkpoint: its files, that its orders fit, and that undoing them changes no output.
+
+    Nothing is written; the order is undone in memory, in the precision that the reordering was proved in.
+
+    Args:
+        source: A folder or a Hub id.
+
+    Raises:
+        CheckpointError: A file is missing, damaged, or from a newer version.
+        OrdersError: An order is no permutation, or belongs to another model.
+        ExampleInputsError: No inputs could be built to run the model on.
+    """
+    reordering = Reordering.from_pretrained(source)
+    model = load_model(source, reordering.dtype)
+    witness = Witness(model, seed=reordering.config.seed)
+    reordering.undo(model)
+    hidden = reordering.orders.get("hidden")
+    proof = witness.compare(model, None if hidden is None else hidden.flatten().argsort())
+    tolerance = reordering.config.tolerance or default_tolerance(model)
+    return Verification(reordering, proof, tolerance, _scores_match(model, reordering))
+
+
+def _scores_match(model: PreTrainedModel, reordering: Reordering) -> bool | None:
+    metric = reordering.config.metric
+    if metric not in ("l1", "l2"):
+        return None
+    groups = [group for group in channel_groups(model) if group.name in reordering.scores]
+    found: Mapping[str, Tensor] = weight_scores(groups, named_tensors(model), metric)
+    return all(
+        torch.allclose(found[name].float(), scores, rtol=1e-3, atol=0) for name, scores in reordering.scores.items()
+    )

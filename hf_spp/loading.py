@@ -1,0 +1,174 @@
+"""Pretrained models as their config describes them: the class, the weights, and the files that lie beside them."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
+
+from . import hub
+from .errors import CheckpointError, HubError, SPPConfigError, UnsupportedArchitectureError, UnsupportedModelError
+
+logger = logging.get_logger(__name__)
+
+DTYPES = ("float32", "float64", "bfloat16", "float16", "auto")
+# What a checkpoint needs beside its weights and config: tokenizer, processor, sentence-transformers' modules, license.
+COMPANIONS = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "tekken.json",
+    "chat_template*",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "modules.json",
+    "sentence_*_config.json",
+    "config_sentence_transformers.json",
+    "[0-9]_*/*",
+    "LICENSE*",
+    "NOTICE*",
+)
+
+
+def load_config(source: str | os.PathLike[str]) -> PreTrainedConfig:
+    """Load a model's config from a folder or a Hub repo.
+
+    Raises:
+        CheckpointError: The folder is missing, or its config is missing or damaged.
+        HubError: The repo cannot be reached.
+        UnsupportedArchitectureError: transformers does not know the model type.
+    """
+    name = os.fspath(source)
+    if _is_path(name) and not Path(name).is_dir():
+        raise CheckpointError(
+            f"Folder {name!r} does not exist. Accepted: a folder written by save_pretrained, or a Hub id such as "
+            "'google/vit-base-patch16-224'. Check the path."
+        )
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(name)
+    except ValueError as error:
+        raise UnsupportedArchitectureError(
+            f"The config of {name!r} names no model type that transformers {transformers.__version__} has: "
+            f"{_first_line(error)} Accepted: models of transformers itself; code from a repo is not run. "
+            "Upgrade transformers, or choose another model."
+        ) from error
+    except OSError as error:
+        if Path(name).is_dir():
+            raise CheckpointError(
+                f"Folder {name!r} has no readable config.json: {_first_line(error)} Accepted: a folder written by "
+                "save_pretrained. Check the path, or save the model there again."
+            ) from error
+        raise HubError(
+            f"Model {name!r} is no folder here, and was not loaded from the Hub: {_first_line(error)} Accepted: an "
+            "existing folder, or a Hub id that can be reached. Check the spelling and the network."
+        ) from error
+    return config
+
+
+def load_model(source: str | os.PathLike[str], dtype: str = "float32") -> PreTrainedModel:
+    """Load a pretrained model as the class that its config names.
+
+    Weights that the class does not use, or that the checkpoint lacks, are named in a warning. Only safetensors are
+    read, and no code of the repo is run.
+
+    Args:
+        source: A folder or a Hub id.
+        dtype: One of `DTYPES`; `auto` keeps the checkpoint's.
+
+    Raises:
+        SPPConfigError: The dtype is unknown.
+        UnsupportedModelError: The checkpoint is quantized.
+        CheckpointError: The weights are missing, damaged, or do not fit the config.
+    """
+    if dtype not in DTYPES:
+        raise SPPConfigError(f"dtype {dtype!r} is unknown. Accepted: {', '.join(DTYPES)}. Use float32 if in doubt.")
+    config = load_config(source)
+    if getattr(config, "quantization_config", None):
+        raise UnsupportedModelError(
+            f"Model {os.fspath(source)!r} holds quantized weights, whose packed rows cannot be moved. Accepted: "
+            "float weights. Reorder the unquantized checkpoint first and quantize the result."
+        )
+    cls = model_class(config)
+    wanted = dtype if dtype == "auto" else getattr(torch, dtype)
+    try:
+        with quiet_transformers():
+            loaded, report = cls.from_pretrained(
+                source, config=config, dtype=wanted, use_safetensors=True, output_loading_info=True
+            )
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        raise CheckpointError(
+            f"The weights of {os.fspath(source)!r} cannot be loaded into {cls.__name__}: {_first_line(error)} "
+            "Accepted: whole safetensors weights that fit config.json. Download or save the model again."
+        ) from error
+    _warn(report["unexpected_keys"], f"weights of {os.fspath(source)} are not used by {cls.__name__} and left out")
+    _warn(report["missing_keys"], f"weights of {cls.__name__} are not in {os.fspath(source)} and drawn at random")
+    model: PreTrainedModel = loaded.eval()
+    return model
+
+
+def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model that a config describes, with shapes and no values."""
+    with torch.device("meta"):
+        model: PreTrainedModel = model_class(config)._from_config(config)
+    return model
+
+
+def model_class(config: PreTrainedConfig) -> Any:
+    """The transformers class that a config names, or the class without a head where it names none that exists.
+
+    Raises:
+        UnsupportedArchitectureError: transformers has no model for the config.
+    """
+    for name in getattr(config, "architectures", None) or ():
+        found = getattr(transformers, name, None)
+        if isinstance(found, type) and issubclass(found, PreTrainedModel):
+            return found
+    if type(config) not in AutoModel._model_mapping:
+        raise UnsupportedArchitectureError(
+            f"model_type {config.model_type!r} has no model class in transformers {transformers.__version__}. "
+            "Accepted: types of AutoModel. Choose another model."
+        )
+    headless = AutoModel._model_mapping[type(config)]
+    return headless[0] if isinstance(headless, tuple) else headless
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence transformers' own warnings inside the block; its progress bars still show."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def companion_files(source: str | os.PathLike[str]) -> dict[str, Path]:
+    """Files that belong to a checkpoint beside its weights and config, by their path inside it."""
+    return hub.find_files(source, COMPANIONS)
+
+
+def _warn(names: Any, what: str) -> None:
+    if names:
+        some = sorted(map(str, names))
+        logger.warning(f"{len(some)} {what}: {', '.join(some[:4])}{', …' if len(some) > 4 else ''}")
+
+
+def _is_path(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name or Path(name).exists()
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{lines[0].rstrip('.:')}." if lines else f"{type(error).__name__}."

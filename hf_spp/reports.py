@@ -1,0 +1,174 @@
+"""Cards of folders: a reordered checkpoint, results of a comparison, or both, become the folder's `README.md`."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from transformers.utils import logging
+
+from . import checkpoint
+from .card_header import name_of, read_header, split_card
+from .errors import CardError, CheckpointError
+from .hub import find_files
+from .model_card import TAGS, CardContent, license_of, render_card, task_of_class, update_card_with_evaluation
+from .presets import PRESETS
+from .reordering import ORDERS_NAME, Reordering
+from .result_rows import unique
+from .results import RESULTS_NAME, ComparisonResults, load_results
+
+logger = logging.get_logger(__name__)
+
+CARD_NAME = "README.md"
+CHECKPOINT_NAME = "checkpoint"
+PLOTS = {"Accuracy by method": "accuracy.png", "Saliency of the channels, by axis and layer": "saliency.png"}
+
+_DATASET_IDS = {
+    "fashion-mnist": "zalando-datasets/fashion_mnist",
+    "mnist-5k": "ylecun/mnist",
+    **{name: str(source) for name, source in PRESETS["raffm-table1"].datasets.items()},
+}
+_TRAINER_FILES = ("training_args.bin", "trainer_state.json")
+
+
+def write_card(
+    folder: str | os.PathLike[str],
+    *,
+    source: str | os.PathLike[str] | None = None,
+    fine_tuned: bool = False,
+    overwrite: bool = False,
+) -> Path:
+    """Write the card of a folder that holds a reordered checkpoint, results of a comparison, or both.
+
+    The reordering is read from the folder or from its subfolder `checkpoint`, results and plots from the folder. What
+    an earlier card of hf_spp says in its header and title is kept. A card that somebody else wrote gets the results as
+    a section of its own.
+
+    Args:
+        folder: Folder of `spp_orders.safetensors`, `results.json` and plots, as far as it has them.
+        source: Folder or Hub id of the model that was reordered, whose card gives license, language and task.
+        fine_tuned: Whether the checkpoint was trained after its reordering; a folder with the Trainer's files was.
+        overwrite: Whether a card that somebody else wrote may be replaced.
+
+    Returns:
+        Path of the card.
+
+    Raises:
+        CheckpointError: The folder holds neither, or a file is damaged.
+        CardError: The earlier card is damaged, or somebody else's and there are no results to add.
+    """
+    folder = Path(folder)
+    path = folder / CARD_NAME
+    home = next((home for home in (folder, folder / CHECKPOINT_NAME) if (home / ORDERS_NAME).is_file()), None)
+    results = load_results(folder) if (folder / RESULTS_NAME).is_file() else None
+    results = results if results and results.rows else None
+    if home is None and results is None:
+        raise CheckpointError(
+            f"Folder '{folder}' holds neither {ORDERS_NAME} nor {RESULTS_NAME}, so there is nothing to write a card "
+            "about. Accepted: a folder of `hf-spp reorder`, `compare` or `demo`. Check the path."
+        )
+    earlier = checkpoint.read_text(path) if path.is_file() else None
+    theirs = earlier is not None and not _is_ours(earlier)
+    if home is not None and (overwrite or not theirs):
+        content = _content(folder, home, None if theirs else earlier, results, source, fine_tuned)
+        return checkpoint.write_text(path, str(render_card(content)))
+    if results is None:
+        raise CardError(
+            f"'{path}' was not written by hf_spp. Accepted: no card, or one of hf_spp's. Move it away, or allow it to "
+            "be replaced (--overwrite)."
+        )
+    name = f"Comparison on {_short(results.settings['model'])}"
+    text = update_card_with_evaluation(
+        earlier or f"# {name}\n", results.rows, model_name=name, fine_tuned=False, **_evaluation(results)
+    )
+    return checkpoint.write_text(path, text)
+
+
+def _content(
+    folder: Path,
+    home: Path,
+    earlier: str | None,
+    results: ComparisonResults | None,
+    source: str | os.PathLike[str] | None,
+    fine_tuned: bool,
+) -> CardContent:
+    summary = Reordering.from_pretrained(home).summary()
+    text = (None if source is None else _source_card(source)) or earlier or _card_in(home) or ""
+    metadata = read_header(split_card(text)[0])
+    base = _hub_id(source) or _hub_id(metadata.get("base_model"))
+    own = read_header(split_card(earlier or "")[0])
+    evaluation = {} if results is None else {"rows": results.rows, **_evaluation(results)}
+    task = evaluation.pop("task", metadata.get("pipeline_tag") or task_of_class(summary["model_class"]))
+    used = [row["dataset"].partition(":")[0] for row in evaluation.get("rows", ())]
+    return CardContent(
+        model_name=name_of({}, earlier) if earlier else f"{_short(base or source or folder.resolve())}-spp",
+        summary=summary,
+        folder="." if home == folder else CHECKPOINT_NAME,
+        base_model=base,
+        license=license_of(text),
+        language=[code for code in _listed(metadata.get("language")) if isinstance(code, str)],
+        tags=[tag for tag in _listed(own.get("tags")) if tag not in TAGS],
+        datasets=unique(
+            name
+            for name in (*_listed(own.get("datasets")), *(_DATASET_IDS.get(name, name) for name in used))
+            if "/" in name
+        ),
+        pipeline_tag=task,
+        plots={caption: name for caption, name in PLOTS.items() if (folder / name).is_file()},
+        fine_tuned=fine_tuned or any((home / name).exists() for name in _TRAINER_FILES),
+        **evaluation,
+    )
+
+
+def _evaluation(results: ComparisonResults) -> dict[str, Any]:
+    """What the results say about how they were measured."""
+    kind = next(iter(results.settings["datasets"].values()))["kind"]
+    shared = {name: results.settings.get(name) for name in ("model", "seed", "recipe", "training_arguments")}
+    shared["recipe"] = {name: value for name, value in (shared["recipe"] or {}).items() if value is not None}
+    methods = [row["method"] for row in results.rows]
+    return {
+        "task": f"{kind}-classification",
+        "method": next((method for method in ("spp", "spp-raffm") if method in methods), "spp"),
+        "settings": {**shared, "left_out": results.left_out},
+    }
+
+
+def _source_card(source: str | os.PathLike[str]) -> str | None:
+    path = find_files(source, [CARD_NAME]).get(CARD_NAME)
+    try:
+        if path is None:
+            return None
+        text = checkpoint.read_text(path)
+        read_header(split_card(text)[0])
+    except (CardError, CheckpointError) as error:
+        logger.warning(f"The card of {os.fspath(source)} is not carried over: {error}")
+        return None
+    return text
+
+
+def _card_in(folder: Path) -> str | None:
+    path = folder / CARD_NAME
+    return checkpoint.read_text(path) if path.is_file() else None
+
+
+def _is_ours(card_text: str) -> bool:
+    return TAGS[0] in _listed(read_header(split_card(card_text)[0]).get("tags"))
+
+
+def _hub_id(value: Any) -> str | None:
+    """The value, or the first of its list, if it is a Hub id and no folder here."""
+    name = value[0] if isinstance(value, list) and value else value
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return None if name is None or Path(name).exists() else str(name)
+
+
+def _short(name: object) -> str:
+    return str(name).rstrip("/").rsplit("/", 1)[-1]
+
+
+def _listed(value: Any) -> list[Any]:
+    return [] if value is None else list(value) if isinstance(value, list) else [value]
