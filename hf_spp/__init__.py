@@ -1,9 +1,8 @@
 """Salient Parameter Prioritization for Hugging Face models."""
 
-from .architectures import channel_groups
-from .callback import SPPCallback
-from .channels import ChannelGroup, ChannelMap, Member, Refusal
-from .config import SPPConfig
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from .errors import (
     AssetError,
     CalibrationError,
@@ -22,9 +21,15 @@ from .errors import (
     UnsupportedArchitectureError,
     UnsupportedModelError,
 )
-from .evaluation import compare_methods
-from .reordering import Reordering, apply_spp
 from .version import __version__
+
+if TYPE_CHECKING:
+    from .architectures import channel_groups
+    from .callback import SPPCallback
+    from .channels import ChannelGroup, ChannelMap, Member, Refusal
+    from .config import SPPConfig
+    from .evaluation import compare_methods
+    from .reordering import Reordering, apply_spp
 
 __all__ = [
     "AssetError",
@@ -55,3 +60,28 @@ __all__ = [
     "channel_groups",
     "compare_methods",
 ]
+
+# What needs torch is imported when it is first used, so that the command line answers at once.
+_HOMES = {
+    "ChannelGroup": "channels",
+    "ChannelMap": "channels",
+    "Member": "channels",
+    "Refusal": "channels",
+    "Reordering": "reordering",
+    "SPPCallback": "callback",
+    "SPPConfig": "config",
+    "apply_spp": "reordering",
+    "channel_groups": "architectures",
+    "compare_methods": "evaluation",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_HOMES]

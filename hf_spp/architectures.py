@@ -225,8 +225,13 @@ class _Resolver:
         return _Projection(_join(path, relative), transposed, module.bias is not None, inputs, outputs)
 
     def _projections(self, path: str, children: tuple[str, ...]) -> list[_Projection] | None:
-        found = [self._projection(path, child) for child in children]
-        return [one for one in found if one is not None] if all(found) else None
+        found = []
+        for child in children:
+            projection = self._projection(path, child)
+            if projection is None:
+                return None
+            found.append(projection)
+        return found
 
     def _unexplained(self, path: str, children: tuple[str, ...], known: tuple[str, ...] = ()) -> str | None:
         """The first parameter of the modules that own `children` that is neither theirs nor among `known`."""
@@ -248,10 +253,10 @@ class _Resolver:
                     break
 
     def _match_attention(self, path: str, module: nn.Module, pattern: AttentionPattern) -> _Attention | None:
-        projections = self._projections(path, pattern.projections)
-        output = self._projection(path, pattern.output)
-        if projections is None or output is None:
+        found = self._projections(path, (*pattern.projections, pattern.output))
+        if found is None:
             return None
+        *projections, output = found
         axes = ("qk", "vo", "heads")
         owner = self.modules[projections[0].module.rpartition(".")[0]]
         known = (*pattern.beside, *HEAD_TABLES, *HEAD_NORMS)
@@ -259,10 +264,10 @@ class _Resolver:
             self._refuse(axes, path, f"parameter {self._short(extra)} is not understood")
             return None
         if len(projections) == 1:
-            projections = _split_fused(projections[0])
-            if projections is None:
+            if projections[0].outputs != 3 * output.inputs:
                 self._refuse(axes, path, f"{pattern.projections[0]} does not stack q, k and v in equal parts")
                 return None
+            projections = _split_fused(projections[0])
         query, key, value = projections
         head_dim = _head_dim(owner)
         if head_dim is None:
@@ -332,10 +337,10 @@ class _Resolver:
                     break
 
     def _match_feed_forward(self, path: str, pattern: FeedForwardPattern) -> _FeedForward | None:
-        inner = self._projections(path, pattern.inner)
-        output = self._projection(path, pattern.output)
-        if inner is None or output is None:
+        found = self._projections(path, (*pattern.inner, pattern.output))
+        if found is None:
             return None
+        *inner, output = found
         if any(one.outputs != output.inputs for one in inner):
             self._refuse(("ffn",), path, f"{pattern.output} does not read what {' and '.join(pattern.inner)} write")
             return None
@@ -425,10 +430,8 @@ def _join(path: str, relative: str) -> str:
     return f"{path}.{relative}" if path else relative
 
 
-def _split_fused(fused: _Projection) -> list[_Projection] | None:
-    part, rest = divmod(fused.outputs, 3)
-    if rest or (part % fused.inputs and fused.inputs % part):
-        return None
+def _split_fused(fused: _Projection) -> list[_Projection]:
+    part = fused.outputs // 3
     return [
         _Projection(fused.module, fused.transposed, fused.bias, fused.inputs, part, (index * part, (index + 1) * part))
         for index in range(3)

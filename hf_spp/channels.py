@@ -6,7 +6,7 @@ members, so an architecture is only a list of groups, and a verb never knows an 
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from typing import Literal
 
 import torch
@@ -54,19 +54,15 @@ class Member:
         if self.span is not None:
             tensor = tensor.narrow(self.dim, self.span[0], self.span[1] - self.span[0])
         rest = [name for names in self.axes for name in names if name not in "bc"]
-        return _arrange(tensor, self.pattern, " ".join(rest), group)
+        return _arrange(tensor, self.pattern, " ".join(rest), group.blocks, group.size)
 
     def view_channels(self, values: Tensor, group: "ChannelGroup") -> Tensor:
         """View per-channel values of the moved dimension, `[..., length]`, as `[..., blocks, size, units]`."""
-        if self.span is not None:
-            values = values[..., self.span[0] : self.span[1]]
-        names = self.axes[self.dim]
-        units = [name for name in names if name not in "bc"]
-        return _arrange(values, f"... ({' '.join(names)})", f"({' '.join(units)})", group, lead="... ")
+        return _view_channels(values, self.axes[self.dim], self.span, group.blocks, group.size)
 
     def positions(self, length: int, group: "ChannelGroup") -> Tensor:
         """Where each channel lies along the moved dimension of the given length: `[blocks, size, units]`, int64."""
-        return self.view_channels(torch.arange(length), group)
+        return _positions(self.axes[self.dim], self.span, length, group.blocks, group.size)
 
 
 @dataclass(frozen=True)
@@ -150,8 +146,23 @@ class ChannelMap:
         )
 
 
-def _arrange(tensor: Tensor, pattern: str, rest: str, group: ChannelGroup, lead: str = "") -> Tensor:
-    sizes = {name: size for name, size in (("b", group.blocks), ("c", group.size)) if name in _names(pattern)}
+def _view_channels(
+    values: Tensor, names: tuple[str, ...], span: tuple[int, int] | None, blocks: int, size: int
+) -> Tensor:
+    if span is not None:
+        values = values[..., span[0] : span[1]]
+    units = " ".join(name for name in names if name not in "bc")
+    return _arrange(values, f"... ({' '.join(names)})", f"({units})", blocks, size, lead="... ")
+
+
+# Layers of one shape share these, and a model has few shapes.
+@lru_cache(maxsize=256)
+def _positions(names: tuple[str, ...], span: tuple[int, int] | None, length: int, blocks: int, size: int) -> Tensor:
+    return _view_channels(torch.arange(length), names, span, blocks, size)
+
+
+def _arrange(tensor: Tensor, pattern: str, rest: str, blocks: int, size: int, lead: str = "") -> Tensor:
+    sizes = {name: count for name, count in (("b", blocks), ("c", size)) if name in _names(pattern)}
     block = "b" if "b" in sizes else "1"
     view: Tensor = rearrange(tensor, f"{pattern} -> {lead}{block} c {rest}", **sizes)
     return view

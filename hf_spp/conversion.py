@@ -18,7 +18,7 @@ from .hub import find_files
 from .loading import companion_files, load_model, quiet_transformers
 from .proof import Proof, Witness, default_tolerance
 from .reordering import ORDERS_NAME, Reordering, apply_spp
-from .reports import CHECKPOINT_NAME, write_card
+from .reports import CHECKPOINT_NAME, checkpoint_method, write_card
 from .results import ComparisonResults
 from .saliency import weight_scores
 
@@ -76,22 +76,26 @@ def save_reordered(
     return Path(target)
 
 
-def finish_comparison(results: ComparisonResults, source: str | os.PathLike[str]) -> Path:
+def finish_comparison(results: ComparisonResults, source: str | os.PathLike[str]) -> Path | None:
     """Leave the reordered checkpoint, with its own card, and the card of the comparison beside its results.
 
     Args:
-        results: What `compare_methods` gave; the checkpoint is the pretrained model as its method `spp` reorders it.
+        results: What `compare_methods` gave.
         source: Folder or Hub id of the compared model.
 
     Returns:
-        Folder of the checkpoint: `checkpoint` in the folder of the results.
+        Folder of the checkpoint: `checkpoint` in the folder of the results, the pretrained model as the method `spp`,
+        else `spp-raffm`, reorders it. None where neither was compared.
 
     Raises:
         SPPError: Whatever loading, reordering and saving raise.
     """
-    model = load_original(source)
-    reordering = apply_spp(model, SPPConfig.from_dict(results.settings["config"]))
-    target = save_reordered(model, reordering, source, results.output_dir / CHECKPOINT_NAME, overwrite=True)
+    method, target = checkpoint_method(results), None
+    if method is not None:
+        own = SPPConfig.from_dict(results.settings["config"])
+        model = load_original(source)
+        reordering = apply_spp(model, own if method == "spp" else SPPConfig.raffm())
+        target = save_reordered(model, reordering, source, results.output_dir / CHECKPOINT_NAME, overwrite=True)
     write_card(results.output_dir, source=source)
     return target
 

@@ -109,23 +109,25 @@ PRESETS: Mapping[str, Preset] = MappingProxyType({"raffm-table1": _RAFFM_TABLE_1
 
 
 def run_preset(
-    name: str,
+    preset: str | Preset,
     output_dir: str | os.PathLike[str],
     *,
     quick: bool = False,
     seed: int = 123,
     config: SPPConfig | None = None,
     save_models: bool | Collection[str] = False,
+    training: Mapping[str, Any] = MappingProxyType({}),
 ) -> ComparisonResults:
     """Run a preset, or continue it where it was left.
 
     Args:
-        name: Key of `PRESETS`.
+        preset: Key of `PRESETS`, or a preset of your own.
         output_dir: Folder of the results, as for `compare_methods`.
         quick: One data set and fewer runs.
         seed: Seed of every run.
         config: What `spp` does; None means `SPPConfig()`.
         save_models: Which fine-tuned checkpoints to keep, as for `compare_methods`.
+        training: `TrainingArguments` that replace the preset's.
 
     Returns:
         The results; `left_out` names data sets that could not be fetched.
@@ -134,17 +136,18 @@ def run_preset(
         SPPConfigError: The preset is unknown, or the folder holds results of other settings.
         AssetError: The model, or every data set, cannot be fetched.
     """
-    if name not in PRESETS:
+    if isinstance(preset, str) and preset not in PRESETS:
         raise SPPConfigError(
-            f"preset {name!r} in run_preset is unknown. Accepted: {', '.join(PRESETS)}. "
+            f"preset {preset!r} in run_preset is unknown. Accepted: {', '.join(PRESETS)}. "
             "Use one of these, or name a model and data sets in compare_methods."
         )
-    preset = dataclasses.replace(PRESETS[name], **PRESETS[name].quick) if quick else PRESETS[name]
+    preset = PRESETS[preset] if isinstance(preset, str) else preset
+    preset = dataclasses.replace(preset, **preset.quick) if quick else preset
     model = preset.model()
     datasets, left_out = _available(preset.datasets)
     if not datasets:
         raise AssetError(
-            f"No data set of preset {name!r} could be fetched: "
+            f"No data set of the comparison on {preset.model_name} could be fetched: "
             f"{'; '.join(f'{key}: {reason}' for key, reason in left_out.items())} "
             "Accepted: at least one. Connect to the network once, then run it again."
         )
@@ -152,7 +155,7 @@ def run_preset(
         model,
         datasets,
         preset.methods,
-        recipe_arguments(learning_rate=preset.learning_rate),
+        recipe_arguments(**{"learning_rate": preset.learning_rate, **training}),
         recipe=preset.recipe,
         config=config,
         output_dir=output_dir,

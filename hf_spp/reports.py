@@ -13,7 +13,6 @@ from .card_header import name_of, read_header, split_card
 from .errors import CardError, CheckpointError
 from .hub import find_files
 from .model_card import TAGS, CardContent, license_of, render_card, task_of_class, update_card_with_evaluation
-from .presets import PRESETS
 from .reordering import ORDERS_NAME, Reordering
 from .result_rows import unique
 from .results import RESULTS_NAME, ComparisonResults, load_results
@@ -24,10 +23,13 @@ CARD_NAME = "README.md"
 CHECKPOINT_NAME = "checkpoint"
 PLOTS = {"Accuracy by method": "accuracy.png", "Saliency of the channels, by axis and layer": "saliency.png"}
 
+# The data sets of the presets on the Hub.
 _DATASET_IDS = {
+    "cifar10": "uoft-cs/cifar10",
+    "cifar100": "uoft-cs/cifar100",
+    "flowers102": "nelorth/oxford-flowers",
     "fashion-mnist": "zalando-datasets/fashion_mnist",
     "mnist-5k": "ylecun/mnist",
-    **{name: str(source) for name, source in PRESETS["raffm-table1"].datasets.items()},
 }
 _TRAINER_FILES = ("training_args.bin", "trainer_state.json")
 
@@ -126,12 +128,17 @@ def _evaluation(results: ComparisonResults) -> dict[str, Any]:
     kind = next(iter(results.settings["datasets"].values()))["kind"]
     shared = {name: results.settings.get(name) for name in ("model", "seed", "recipe", "training_arguments")}
     shared["recipe"] = {name: value for name, value in (shared["recipe"] or {}).items() if value is not None}
-    methods = [row["method"] for row in results.rows]
     return {
         "task": f"{kind}-classification",
-        "method": next((method for method in ("spp", "spp-raffm") if method in methods), "spp"),
+        "method": checkpoint_method(results) or "spp",
         "settings": {**shared, "left_out": results.left_out},
     }
+
+
+def checkpoint_method(results: ComparisonResults) -> str | None:
+    """Which of the compared methods the checkpoint beside the results shows, None if none reorders by saliency."""
+    methods = [row["method"] for row in results.rows]
+    return next((method for method in ("spp", "spp-raffm") if method in methods), None)
 
 
 def _source_card(source: str | os.PathLike[str]) -> str | None:

@@ -246,3 +246,16 @@ def test_bytes_in_survives_a_file_that_goes_away(monkeypatch, tmp_path):
     (tmp_path / "here").write_bytes(b"1234")
     monkeypatch.setattr(hub.os, "walk", lambda folder: [(str(tmp_path), [], ["here", "gone"])])
     assert hub._bytes_in(Path(tmp_path)) == 4
+
+
+def test_files_of_a_folder_are_found_by_pattern(tmp_path):
+    for name in ("tokenizer.json", "tokenizer/inner.json", "1_Pooling/config.json", "other.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    found = hub.find_files(tmp_path, ["tokenizer*", "[0-9]_*/*", "missing"])
+    assert found == {name: tmp_path / name for name in ("tokenizer.json", "1_Pooling/config.json")}
+
+
+def test_files_of_a_repository_that_is_not_there_are_refused(tmp_path):
+    with pytest.raises(HubError, match="The files of 'not a repository' could not be downloaded"):
+        hub.find_files("not a repository", ["*"])

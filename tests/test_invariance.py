@@ -21,7 +21,7 @@ from hf_spp import EqualFunctionError, IllegalAxisError, SPPConfig, apply_spp, c
 from hf_spp.apply import gather_tensors, invert_indices, named_tensors
 from hf_spp.permutation import gather_indices
 
-ALLOWED = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 5e-2}
+ALLOWED = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 AXES = ("qk", "vo", "heads", "ffn", "hidden")
 
 

@@ -75,6 +75,8 @@ ROWS = [
     full_row("cifar-10", "spp", 0.9678, 0.9653),
 ]
 
+MEASURED = {"dataset": "wiki", "method": "spp", "metrics": {"loss": 2.5}}
+
 
 def content(**changes):
     return replace(CardContent(model_name="dinov2-small-spp", summary=SUMMARY), **changes)
@@ -288,6 +290,14 @@ def test_body_shows_runs_without_differences():
     assert "Single runs:\n\n| Data set | Method | Seed |\n| :--- | :--- | ---: |\n| fashion-mnist | SPP | 1 |" in text
 
 
+def test_body_shows_what_the_trainer_measured():
+    card = render_card(content(rows=[MEASURED], pipeline_tag="text-generation", fine_tuned=True))
+    assert "Measured by the trainer's evaluation:\n\n| Data set | Method | loss |" in str(card)
+    assert "| wiki | SPP | 2.5 |" in str(card)
+    assert "Accuracy" not in str(card)
+    assert [(r.metric_type, r.metric_value) for r in card.data.eval_results] == [("loss", 2.5)]
+
+
 def test_body_shows_plots():
     text = rendered(content(plots={"Accuracy <b>": "plots/method bars.png", "Saliency": "s.png"}))
     assert "## Plots\n\n![Accuracy &lt;b>](plots/method%20bars.png)\n\n*Accuracy &lt;b>*" in text
@@ -349,6 +359,7 @@ def test_every_branch_of_the_template_is_run(monkeypatch):
         evaluated(fine_tuned=True, settings={"epochs": 1, "x": "y"}, plots={"a": "a.png", "b": "b.png"}),
         content(rows=[row(method="original")], pipeline_tag="t", repo_id="a/b", license=CardLicense("mit")),
         content(rows=[row(seed=1)], pipeline_tag="t", license=CardLicense("other", name="x")),
+        content(rows=[MEASURED], pipeline_tag="t"),
         content(summary=summary(changed=False, verified=False, axes={"new": SUMMARY["axes"]["qk"]})),
         content(summary=summary(refused=[{"axis": "qk", "where": "x", "reason": "y"}])),
     ]

@@ -1,0 +1,341 @@
+"""The command `hf-spp`: reads options, calls the library, prints. What needs torch is imported inside the commands."""
+
+import dataclasses
+import logging
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+from typer.core import TyperGroup
+
+from .errors import CalibrationError, SPPConfigError, SPPError
+from .terminal import err, out, show_comparison, show_families, show_map, show_places, show_verification, working
+from .version import __version__
+
+if TYPE_CHECKING:
+    from .presets import Preset
+    from .results import ComparisonResults
+
+DEMO_FOLDER = Path("spp-demo")
+COMPARISON_FOLDER = Path("spp-comparison")
+
+FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+
+
+class _Commands(TyperGroup):
+    """Turns bad input into one line and an exit code, and accepts `--debug` anywhere."""
+
+    def main(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any
+    ) -> Any:
+        given = list(sys.argv[1:] if args is None else args)
+        debug = "--debug" in given
+        extra |= {"prog_name": "hf-spp", "standalone_mode": False}
+        try:
+            with _quiet(debug):
+                code = super().main([word for word in given if word != "--debug"], **extra)
+        except typer.Abort:
+            code = INTERRUPTED
+        except Exception as error:
+            # Only the parser's own errors have this method; the library that defines them differs between versions.
+            usage = getattr(error, "format_message", None)
+            if not (usage or isinstance(error, SPPError)):
+                raise
+            if debug:
+                traceback.print_exc()
+            message = _usage(error, usage()) if usage else str(error)
+            err().print(f"[bold red]Error:[/] {escape(' '.join(message.split()))}", soft_wrap=True)
+            code = BAD_INPUT
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _usage(error: Any, message: str) -> str:
+    path = getattr(getattr(error, "ctx", None), "command_path", "hf-spp")
+    return f"{message.rstrip('.')}. See `{path} --help`."
+
+
+@contextmanager
+def _quiet(debug: bool) -> Iterator[None]:
+    """Show this package's warnings as notes, and nobody's else unless `debug`."""
+    notes = logging.StreamHandler()
+    notes.setFormatter(logging.Formatter("Note: %(message)s"))
+    ours = logging.getLogger("hf_spp")
+    ours.addHandler(notes)
+    ours.propagate = False
+    try:
+        with warnings.catch_warnings():
+            if not debug:
+                warnings.simplefilter("ignore")
+            yield
+    finally:
+        ours.removeHandler(notes)
+        ours.propagate = True
+
+
+app = typer.Typer(
+    cls=_Commands,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Hub id or folder of a pretrained model.", show_default=False)
+]
+Seed = Annotated[int, typer.Option(help="Seed of every run.", min=0)]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what lies there.")]
+
+
+def _examples(*lines: str) -> str:
+    return "\n\n".join(["[bold]Examples[/]", *(f"[cyan]{escape(line)}[/]" for line in lines)])
+
+
+@app.callback(
+    invoke_without_command=True,
+    epilog=_examples(
+        "hf-spp demo --quick", "hf-spp reorder google/vit-base-patch16-224 ./vit-spp", "hf-spp COMMAND --help"
+    ),
+)
+def hf_spp(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and all warnings.")] = False,
+) -> None:
+    """Order a transformer's channels by saliency, without changing what it computes.
+
+    Any prefix of an ordered axis is then a good smaller network.
+    """
+    if version:
+        print(f"hf-spp {__version__}")
+    elif context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+@app.command(epilog=_examples("hf-spp demo", "hf-spp demo --quick --out ./results"))
+def demo(
+    quick: Annotated[bool, typer.Option("--quick", help="One small data set; about two minutes.")] = False,
+    folder: Annotated[Path, typer.Option("--out", help="Folder of the results.", file_okay=False)] = DEMO_FOLDER,
+    seed: Seed = 123,
+) -> None:
+    """Reorder, fine-tune and compare DINOv2-small on real images, on a CPU.
+
+    Leaves results, plots, a model card and the reordered checkpoint. Needs 12 minutes, or 2 with --quick.
+
+    Run it again to continue where it was stopped.
+    """
+    with working("Starting"):
+        from .presets import PRESETS, run_preset
+    _finish(run_preset("demo", folder, quick=quick, seed=seed), PRESETS["demo"].model())
+
+
+@app.command(
+    epilog=_examples(
+        "hf-spp compare --preset raffm-table1 --dataset cifar10 --max-train-samples 2000",
+        "hf-spp compare --model bert-base-uncased --dataset stanfordnlp/sst2 --method original,spp",
+    )
+)
+def compare(
+    preset: Annotated[
+        str | None, typer.Option(help="raffm-table1 (the paper's experiment) or demo; other options change it.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Hub id or folder of a pretrained model.")] = None,
+    dataset: Annotated[
+        list[str] | None, typer.Option(help="Hub id (repo or repo:configuration), or a name of the preset.")
+    ] = None,
+    method: Annotated[list[str] | None, typer.Option(help="original, pruning-rank, random, spp-raffm, spp.")] = None,
+    folder: Annotated[Path, typer.Option("--out", help="Folder of the results.", file_okay=False)] = COMPARISON_FOLDER,
+    quick: Annotated[bool, typer.Option("--quick", help="The preset's quick variant.")] = False,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the training set.", min=0)] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Examples per training step.", min=1)] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.", min=0)] = None,
+    image_size: Annotated[int | None, typer.Option(help="Side in pixels.", min=1)] = None,
+    max_train_samples: Annotated[int | None, typer.Option(help="Most examples to train on.", min=1)] = None,
+    max_eval_samples: Annotated[int | None, typer.Option(help="Most examples to evaluate on.", min=1)] = None,
+    save_models: Annotated[bool, typer.Option("--save-models", help="Keep the fine-tuned models of spp.")] = False,
+    seed: Seed = 123,
+) -> None:
+    """Fine-tune a model by several methods, and compare accuracy and F1.
+
+    Lists take commas or repeated options. Run it again to continue where it was stopped.
+    """
+    with working("Starting"):
+        from .presets import run_preset
+    sizes = {"image_size": image_size, "max_train_samples": max_train_samples, "max_eval_samples": max_eval_samples}
+    chosen = _comparison(preset, model, _split(dataset), _split(method), _given(sizes), quick)
+    training = {
+        "num_train_epochs": epochs,
+        "per_device_train_batch_size": batch_size,
+        "learning_rate": learning_rate,
+    }
+    results = run_preset(chosen, folder, seed=seed, save_models=save_models, training=_given(training))
+    _finish(results, chosen.model())
+
+
+@app.command(
+    epilog=_examples(
+        "hf-spp reorder google/vit-base-patch16-224 ./vit-spp",
+        "hf-spp reorder ./my-bert ./my-bert-spp --axes ffn,heads --metric l2",
+    )
+)
+def reorder(
+    model: Model,
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.", show_default=False)],
+    metric: Annotated[str, typer.Option(help="l1, l2 or random.")] = "l1",
+    axes: Annotated[
+        list[str] | None,
+        typer.Option(help="Some of qk, vo, heads, ffn, hidden; all legal ones but hidden if not given."),
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="Weights are reordered and written in it: float32, bfloat16, …, or auto.")
+    ] = "float32",
+    seed: Annotated[int, typer.Option(help="Seed of the metric random and of the proof's inputs.", min=0)] = 0,
+    no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not prove that the function is equal.")] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write a reordered copy of a model: a stock checkpoint, orders and card.
+
+    The copy computes the same, which is measured before it is written. `transformers` alone loads it.
+    """
+    with working("Starting"):
+        from .checkpoint import check_replaceable
+        from .config import WEIGHT_METRICS, SPPConfig
+        from .conversion import load_original, save_reordered
+        from .reordering import apply_spp
+    names = tuple(_split(axes) or ()) or None
+    config = SPPConfig(axes=names, metric=metric, seed=seed, verify=not no_verify)
+    if config.needs_calibration:
+        raise CalibrationError(
+            f"--metric {metric} needs calibration data, which this command does not take. "
+            f"Accepted here: {', '.join(WEIGHT_METRICS)}. In Python: apply_spp(model, SPPConfig(metric={metric!r}), "
+            "calibration=batches)."
+        )
+    check_replaceable(target, overwrite=overwrite)
+    loaded = load_original(model, dtype)
+    with working(f"Reordering {type(loaded).__name__}"):
+        reordering = apply_spp(loaded, config)
+    save_reordered(loaded, reordering, model, target, overwrite=overwrite)
+    out().print(escape(str(reordering)), soft_wrap=True)
+    show_places({"Checkpoint": [target], "Card": [target / "README.md"], "Check it": [f"hf-spp verify {target}"]})
+
+
+@app.command(epilog=_examples("hf-spp verify ./vit-spp"))
+def verify(
+    folder: Annotated[
+        str, typer.Argument(metavar="DIR", help="Folder or Hub id of a reordered checkpoint.", show_default=False)
+    ],
+) -> None:
+    """Check a reordered checkpoint: its files, and that it computes the same.
+
+    The order is undone in memory and the outputs are compared. Exit code 1 says that they differ.
+    """
+    with working("Starting"):
+        from .conversion import verify_checkpoint
+    found = verify_checkpoint(folder)
+    show_verification(found)
+    if not found.equal:
+        raise typer.Exit(FAILED)
+
+
+@app.command(epilog=_examples("hf-spp card ./spp-demo", "hf-spp card ./my-model --base google/vit-base-patch16-224"))
+def card(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Folder of a checkpoint or of results.", show_default=False)
+    ],
+    base: Annotated[
+        str | None, typer.Option(help="Hub id or folder whose license, language and task the card carries over.")
+    ] = None,
+    fine_tuned: Annotated[
+        bool, typer.Option("--fine-tuned", help="The checkpoint was trained after its reordering.")
+    ] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write the card of a folder anew from its orders, results and plots."""
+    with working("Starting"):
+        from .reports import write_card
+    show_places({"Card": [write_card(folder, source=base, fine_tuned=fine_tuned, overwrite=overwrite)]})
+
+
+@app.command(epilog=_examples("hf-spp architectures", "hf-spp architectures meta-llama/Llama-3.2-1B"))
+def architectures(
+    model: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help="Hub id or folder.", show_default=False)
+    ] = None,
+) -> None:
+    """List what may be reordered, and why the rest may not.
+
+    Without MODEL of all families, else of this one, whose config alone is read."""
+    with working("Starting"):
+        from .architectures import channel_groups
+        from .loading import load_config, meta_model
+        from .support import family_maps
+    if model is None:
+        with working("Resolving"):
+            show_families(list(family_maps()))
+        return
+    described = meta_model(load_config(model))
+    show_map(type(described).__name__, channel_groups(described))
+
+
+def main() -> None:
+    """Run the command line; the entry point of `hf-spp`."""
+    # Both are read when the libraries are imported, which is inside the commands.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    app()
+
+
+def _split(values: list[str] | None) -> list[str]:
+    return [part.strip() for value in values or () for part in value.split(",") if part.strip()]
+
+
+def _given(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _comparison(
+    preset: str | None, model: str | None, datasets: list[str], methods: list[str], sizes: dict[str, Any], quick: bool
+) -> "Preset":
+    """The named preset with the given options in place of its own, or one of the options alone."""
+    from .classification import Recipe
+    from .presets import PRESETS, Preset
+
+    if preset is not None and preset not in PRESETS:
+        raise SPPConfigError(f"--preset {preset} is unknown. Accepted: {', '.join(PRESETS)}. Correct the name.")
+    if preset is None and not (model and datasets):
+        raise SPPConfigError(
+            f"compare got {'a model' if model else 'no model'} and {len(datasets)} data sets. Accepted: --model and "
+            f"--dataset, or --preset with one of {', '.join(PRESETS)}. Add what is missing."
+        )
+    if preset is None:
+        known = Preset("", str(model), lambda: str(model), {}, Recipe(), 2e-4, ("original", "pruning-rank", "spp"), {})
+    else:
+        known = PRESETS[preset]
+        known = dataclasses.replace(known, **known.quick) if quick else known
+    changes: dict[str, Any] = {"recipe": dataclasses.replace(known.recipe, **sizes)}
+    if model is not None:
+        changes |= {"model_name": model, "model": lambda: model}
+    if datasets:
+        every = PRESETS[preset].datasets if preset else {}
+        changes["datasets"] = {name: every.get(name, name) for name in datasets}
+    if methods:
+        changes["methods"] = tuple(methods)
+    return dataclasses.replace(known, **changes)
+
+
+def _finish(results: "ComparisonResults", source: str | os.PathLike[str]) -> None:
+    from transformers.utils.logging import disable_progress_bar
+
+    from .conversion import finish_comparison
+
+    disable_progress_bar()  # type: ignore[no-untyped-call]
+    with working("Writing checkpoint and card"):
+        saved = finish_comparison(results, source)
+    show_comparison(results, saved)

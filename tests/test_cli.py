@@ -1,0 +1,477 @@
+import dataclasses
+import json
+import subprocess
+import sys
+
+import datasets
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import build_inputs, build_model, outputs_of, relative_difference, same_bits, weights_of
+from huggingface_hub import ModelCard
+from PIL import Image
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, Dinov2Config, Dinov2Model, ViTImageProcessor
+from typer.testing import CliRunner
+
+from hf_spp import OrdersError, Reordering, SPPConfig, apply_spp, conversion, presets
+from hf_spp.checkpoint import pack_tensors
+from hf_spp.classification import Recipe
+from hf_spp.cli import app
+from hf_spp.presets import Preset
+from hf_spp.results import load_results
+
+BASE_CARD = "---\nlicense: mit\nlanguage: en\nbase_model: someone/tiny-bert\npipeline_tag: fill-mask\n---\n# Tiny\n"
+
+
+def run(*words, code=0):
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    assert result.exit_code == code, result.output
+    return result
+
+
+def refused(*words):
+    """The one line that a bad call prints."""
+    result = run(*words, code=2)
+    assert result.stdout == ""
+    assert result.stderr.startswith("Error: ")
+    assert result.stderr.count("\n") == 1
+    return result.stderr
+
+
+def save(name, folder, **changes):
+    model = build_model(name, **changes)
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.fixture
+def bert(tmp_path):
+    save("bert", tmp_path / "bert")
+    (tmp_path / "bert" / "README.md").write_text(BASE_CARD)
+    (tmp_path / "bert" / "vocab.txt").write_text("[PAD]\n")
+    (tmp_path / "bert" / "LICENSE").write_text("Do as you like.\n")
+    (tmp_path / "bert" / "1_Pooling").mkdir()
+    (tmp_path / "bert" / "1_Pooling" / "config.json").write_text("{}")
+    (tmp_path / "bert" / "notes.txt").write_text("not part of the checkpoint")
+    return tmp_path / "bert"
+
+
+@pytest.fixture
+def reordered(bert, tmp_path):
+    run("reorder", bert, tmp_path / "out")
+    return tmp_path / "out"
+
+
+# The program
+
+
+def test_help_answers_without_torch():
+    code = "import sys; from hf_spp.cli import app; app(['--help'])"
+    program = f"import sys\ntry:\n    exec({code!r})\nfinally:\n    assert 'torch' not in sys.modules"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert all(name in result.stdout for name in ("demo", "compare", "reorder", "verify", "card", "architectures"))
+
+
+def test_version_and_bare_call():
+    assert run("--version").stdout == "hf-spp 0.1.0\n"
+    assert "Usage" in run().stdout
+
+
+@pytest.mark.parametrize("command", ["demo", "compare", "reorder", "verify", "card", "architectures"])
+def test_every_command_has_help_with_examples(command):
+    text = run(command, "--help").stdout
+    assert "Examples" in text
+    assert f"hf-spp {command}" in text.partition("Examples")[2]
+
+
+@pytest.mark.parametrize("words", [["--debug", "verify"], ["verify", "--debug"]])
+def test_debug_shows_the_traceback(words, tmp_path):
+    lines = run(*words, tmp_path, code=2).stderr.splitlines()
+    assert lines[0] == "Traceback (most recent call last):"
+    assert lines[-1].startswith("Error: Folder")
+
+
+def test_an_interruption_is_quiet(monkeypatch, tmp_path):
+    def interrupted(folder):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(conversion, "verify_checkpoint", interrupted)
+    assert run("verify", tmp_path, code=130).output == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nothing"], "No such command 'nothing'. See `hf-spp --help`."),
+        (["reorder"], "Missing argument 'MODEL'. See `hf-spp reorder --help`."),
+        (["reorder", "m", "o", "--seed", "-1"], "Invalid value for '--seed'"),
+        (["reorder", "m", "o", "--metric", "l3"], "metric='l3' is unknown"),
+        (["reorder", "m", "o", "--metric", "taylor"], "--metric taylor needs calibration data"),
+        (["reorder", "m", "o", "--axes", "qk,arms"], "unknown axis 'arms'"),
+        (["reorder", "./missing", "{}/o"], "Folder './missing' does not exist"),
+        (["reorder", "some one/else", "{}/o"], "Model 'some one/else' is no folder here"),
+        (["architectures", "./missing"], "Folder './missing' does not exist"),
+        (["verify", "{}"], "has no file 'spp_config.json'"),
+        (["card", "{}"], "holds neither spp_orders.safetensors nor results.json"),
+        (["compare"], "compare got no model and 0 data sets"),
+        (["compare", "--model", "m"], "compare got a model and 0 data sets"),
+        (["compare", "--preset", "table2"], "--preset table2 is unknown. Accepted: raffm-table1, demo"),
+        (["compare", "--preset", "demo", "--epochs", "-1"], "Invalid value for '--epochs'"),
+        (["demo", "--out", __file__], "is a file"),
+    ],
+)
+def test_bad_input_gives_one_line(words, message, tmp_path):
+    assert message in refused(*(word.format(tmp_path) for word in words))
+
+
+# reorder
+
+
+def test_reorder_writes_a_whole_stock_checkpoint(bert, tmp_path):
+    result = run("reorder", bert, tmp_path / "out")
+    assert "Reordering of BertForMaskedLM by l1 (float32)" in result.stdout
+    assert f"Checkpoint  {tmp_path / 'out'}\n" in result.stdout
+    assert sorted(path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.*")) == [
+        "1_Pooling/config.json",
+        "README.md",
+        "config.json",
+        "model.safetensors",
+        "spp_config.json",
+        "spp_orders.safetensors",
+        "vocab.txt",
+    ]
+    assert (tmp_path / "out" / "LICENSE").read_text() == "Do as you like.\n"
+    original = AutoModelForMaskedLM.from_pretrained(bert)
+    stock = AutoModelForMaskedLM.from_pretrained(tmp_path / "out")
+    inputs = build_inputs(original)
+    assert relative_difference(outputs_of(original, inputs), outputs_of(stock, inputs)) < 1e-5
+    assert not same_bits(stock, weights_of(original))
+    Reordering.from_pretrained(tmp_path / "out").undo(stock)
+    assert same_bits(stock, weights_of(original))
+
+
+def test_reorder_writes_a_card_from_the_models_own(reordered):
+    card = ModelCard.load(reordered / "README.md")
+    assert card.data.to_dict() == {
+        "base_model": "someone/tiny-bert",
+        "language": "en",
+        "library_name": "transformers",
+        "license": "mit",
+        "pipeline_tag": "fill-mask",
+        "tags": ["hf_spp", "salient-parameter-prioritization"],
+    }
+    assert "# tiny-bert-spp\n" in card.text
+    assert 'AutoModelForMaskedLM.from_pretrained(".")' in card.text
+
+
+def test_reorder_goes_on_without_a_damaged_card(bert, tmp_path):
+    (bert / "README.md").write_text("---\na: b: c\n---\n")
+    result = run("reorder", bert, tmp_path / "out")
+    assert "Note: The card of" in result.stderr
+    assert "# bert-spp\n" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_reorder_takes_axes_metric_seed_and_dtype(bert, tmp_path):
+    options = ["--axes", "ffn,vo", "--axes", "heads", "--metric", "random", "--seed", "3", "--dtype", "float64"]
+    run("reorder", bert, tmp_path / "out", *options)
+    reordering = Reordering.from_pretrained(tmp_path / "out")
+    assert reordering.config == SPPConfig(axes=("vo", "heads", "ffn"), metric="random", seed=3)
+    assert AutoModelForMaskedLM.from_pretrained(tmp_path / "out").dtype == torch.float64
+
+
+def test_reorder_keeps_the_dtype_when_told(tmp_path):
+    save("gpt2", tmp_path / "gpt2", dtype=torch.bfloat16)
+    run("reorder", tmp_path / "gpt2", tmp_path / "out", "--dtype", "auto")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
+
+
+def test_reorder_says_when_nothing_was_proved(bert, tmp_path):
+    assert "NOT checked" in run("reorder", bert, tmp_path / "out", "--no-verify").stdout
+    assert "**This was not verified.**" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_reordering_again_starts_from_the_original(bert, reordered, tmp_path):
+    run("reorder", reordered, tmp_path / "again", "--metric", "l2")
+    model = AutoModelForMaskedLM.from_pretrained(tmp_path / "again")
+    Reordering.from_pretrained(tmp_path / "again").undo(model)
+    assert same_bits(model, weights_of(AutoModelForMaskedLM.from_pretrained(bert)))
+
+
+def test_reorder_replaces_a_folder_only_when_told(bert, reordered):
+    before = (reordered / "spp_config.json").read_text()
+    assert "exists and is not empty" in refused("reorder", bert, reordered, "--metric", "l2")
+    assert (reordered / "spp_config.json").read_text() == before
+    run("reorder", bert, reordered, "--metric", "l2", "--overwrite")
+    assert Reordering.from_pretrained(reordered).config.metric == "l2"
+    assert [path.name for path in reordered.parent.iterdir() if path.name.startswith(".")] == []
+
+
+def test_reorder_refuses_an_illegal_axis_and_leaves_no_folder(tmp_path):
+    save("llama", tmp_path / "llama")
+    line = refused("reorder", tmp_path / "llama", tmp_path / "out", "--axes", "qk")
+    assert "Axis 'qk' may not move in LlamaForCausalLM" in line
+    assert "rotary position embedding" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["llama"]
+
+
+def test_reorder_refuses_damaged_quantized_and_unknown_models(bert, tmp_path):
+    config = json.loads((bert / "config.json").read_text())
+
+    def with_config(**changes):
+        (bert / "config.json").write_text(json.dumps({**config, **changes}))
+        return refused("reorder", bert, tmp_path / "out")
+
+    assert "holds quantized weights" in with_config(quantization_config={"quant_method": "gptq", "bits": 4})
+    assert "names no model type" in with_config(model_type="no-such-type")
+    assert "cannot be loaded into BertForMaskedLM" in with_config(intermediate_size=24)
+    (bert / "config.json").write_text("{")
+    assert "has no readable config.json" in refused("reorder", bert, tmp_path / "out")
+    (bert / "config.json").write_text(json.dumps(config))
+    (bert / "model.safetensors").write_bytes(b"no tensors")
+    assert "cannot be loaded into BertForMaskedLM" in refused("reorder", bert, tmp_path / "out")
+    (bert / "model.safetensors").unlink()
+    assert "cannot be loaded into BertForMaskedLM" in refused("reorder", bert, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_reorder_names_weights_that_do_not_fit_the_class(bert, tmp_path):
+    config = json.loads((bert / "config.json").read_text())
+    (bert / "config.json").write_text(json.dumps({**config, "architectures": ["BertForTokenClassification"]}))
+    notes = run("reorder", bert, tmp_path / "out").stderr
+    assert f"weights of {bert} are not used by BertForTokenClassification and left out: cls.predictions" in notes
+    assert "weights of BertForTokenClassification are not in" in notes
+    (bert / "config.json").write_text(json.dumps({**config, "architectures": ["OurOwnBert"]}))
+    assert "Reordering of BertModel" in run("reorder", bert, tmp_path / "out2").stdout
+
+
+# verify
+
+
+def test_verify_states_what_was_found(reordered):
+    lines = run("verify", reordered).stdout.splitlines()
+    assert [line.split("  ")[0] for line in lines[:5]] == ["Model", "Orders", "Scores", "Outputs moved", "Accepted"]
+    assert "match the weights" in lines[2]
+    assert lines[5] == "Equal: undoing the order changes nothing that the model computes."
+
+
+def test_verify_follows_the_residual_stream(tmp_path):
+    save("t5", tmp_path / "t5")
+    run("reorder", tmp_path / "t5", tmp_path / "out", "--axes", "hidden,ffn")
+    assert "Equal" in run("verify", tmp_path / "out").stdout
+
+
+def test_verify_fails_when_the_outputs_differ(tmp_path):
+    model = build_model("vit")
+    reordering = apply_spp(model)
+    model.save_pretrained(tmp_path / "out")
+    strict = dataclasses.replace(reordering.config, tolerance=1e-30)
+    dataclasses.replace(reordering, config=strict).save_pretrained(tmp_path / "out")
+    assert "Differs: undoing the order changes what" in run("verify", tmp_path / "out", code=1).stdout
+
+
+def test_verify_sees_that_weights_were_trained_since(tmp_path):
+    model = build_model("vit")
+    reordering = apply_spp(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+    model.save_pretrained(tmp_path / "out")
+    reordering.save_pretrained(tmp_path / "out")
+    assert "are not those of the weights" in run("verify", tmp_path / "out").stdout
+
+
+def test_verify_refuses_what_is_no_order(reordered, monkeypatch):
+    path = reordered / "spp_orders.safetensors"
+    reordering = Reordering.from_pretrained(reordered)
+    data = reordering.to_bytes()
+    name = next(iter(reordering.orders))
+    reordering.orders[name][0, 0] = reordering.orders[name][0, 1]
+    reordering.save_pretrained(reordered)
+    assert f"The order of '{name}' in spp_orders.safetensors is no permutation" in refused("verify", reordered)
+    path.write_bytes(data[:-8])
+    assert "no readable safetensors file" in refused("verify", reordered)
+    path.write_bytes(pack_tensors({"a": torch.ones(1)}, {}))
+    assert "states no format_version" in refused("verify", reordered)
+    path.unlink()
+    assert "has no file 'spp_orders.safetensors'" in refused("verify", reordered)
+
+
+def test_verify_refuses_the_orders_of_another_model(reordered):
+    model = build_model("bert", num_hidden_layers=3)
+    apply_spp(model).save_pretrained(reordered)
+    assert "belongs to another model" in refused("verify", reordered)
+
+
+# card
+
+
+def test_card_is_written_anew_with_what_the_header_said(reordered):
+    card = reordered / "README.md"
+    text = card.read_text()
+    card.write_text(text.replace("tags:\n", "tags:\n- mine\n").replace("# tiny-bert-spp", "# My title"))
+    assert run("card", reordered).stdout == f"Card  {card}\n"
+    again = ModelCard.load(card)
+    assert again.data.tags == ["hf_spp", "salient-parameter-prioritization", "mine"]
+    assert (again.data.license, again.data.base_model) == ("mit", "someone/tiny-bert")
+    assert "# My title\n" in again.text
+    assert "bit for bit" in again.text
+    run("card", reordered, "--fine-tuned")
+    assert "bit for bit" not in card.read_text()
+
+
+def test_card_of_somebody_else_stays(reordered):
+    (reordered / "README.md").write_text("# Mine\n")
+    assert "was not written by hf_spp" in refused("card", reordered)
+    assert (reordered / "README.md").read_text() == "# Mine\n"
+    run("card", reordered, "--overwrite")
+    assert "## What was reordered" in (reordered / "README.md").read_text()
+
+
+def test_card_takes_a_base(reordered, bert):
+    (reordered / "README.md").unlink()
+    run("card", reordered, "--base", bert)
+    assert ModelCard.load(reordered / "README.md").data.license == "mit"
+
+
+# architectures
+
+
+def test_architectures_lists_every_family():
+    lines = run("architectures").stdout.splitlines()
+    table = {line.split("│")[1].strip(): line.split("│")[2:-1] for line in lines if line.startswith("│")}
+    assert {"vit", "deit", "dinov2", "bert", "roberta", "distilbert", "t5", "gpt2"} <= set(table)
+    assert {name for name, cells in table.items() if "no [1]" in cells[0]} == {"llama", "qwen2", "qwen3", "mistral"}
+    assert lines[-1].startswith("[1] rotary position embedding")
+
+
+def test_architectures_of_a_model_reads_its_config_only(tmp_path):
+    save("llama", tmp_path / "llama")
+    (tmp_path / "llama" / "model.safetensors").unlink()
+    text = run("architectures", tmp_path / "llama").stdout
+    assert "LlamaForCausalLM" in text
+    assert "qk stays in place at layers.*.self_attn: rotary" in text
+
+
+def test_architectures_of_a_model_without_channels_is_refused(tmp_path):
+    transformers.ResNetConfig(architectures=["ResNetModel"]).save_pretrained(tmp_path / "resnet")
+    assert "has no channel group" in refused("architectures", tmp_path / "resnet")
+
+
+# compare and demo
+
+
+def shades(name="shades"):
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["dark", "light"])})
+    pictures = [Image.fromarray(np.full((8, 8), 200 * (index % 2), dtype=np.uint8)) for index in range(40)]
+    rows = datasets.Dataset.from_dict({"image": pictures, "label": [i % 2 for i in range(40)]}, features=features)
+    return datasets.DatasetDict(train=rows)
+
+
+@pytest.fixture
+def tiny_demo(monkeypatch, tmp_path):
+    """The preset `demo` in small: the same command, a tiny model and data set."""
+    config = Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4)
+    Dinov2Model(config).save_pretrained(tmp_path / "model")
+    ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "README.md").write_text("---\nlicense: apache-2.0\nbase_model: facebook/dinov2-small\n---\n")
+    preset = Preset(
+        description="Tiny.",
+        model_name="facebook/dinov2-small",
+        model=lambda: tmp_path / "model",
+        datasets={"fashion-mnist": shades, "shades": shades},
+        recipe=Recipe(0.25, 1.0),
+        learning_rate=1e-3,
+        methods=("original", "pruning-rank", "spp"),
+        quick={"datasets": {"shades": shades}},
+    )
+    monkeypatch.setattr(presets, "PRESETS", {"demo": preset})
+    return tmp_path
+
+
+def test_demo_leaves_everything(tiny_demo):
+    folder = tiny_demo / "out"
+    text = run("demo", "--out", folder).stdout
+    assert "Accuracy / macro F1, %" in text
+    assert "Pruning-Rank" in text
+    assert f"Card        {folder / 'README.md'}\n" in text
+    assert f"Checkpoint  {folder / 'checkpoint'}\n" in text
+    assert {path.name for path in folder.iterdir()} == {
+        "README.md",
+        "accuracy.png",
+        "checkpoint",
+        "results.json",
+        "results.md",
+        "saliency.png",
+    }
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.license == "apache-2.0"
+    assert card.data.base_model == "facebook/dinov2-small"
+    assert card.data.datasets == ["zalando-datasets/fashion_mnist"]
+    assert len(card.data.eval_results) == 2 * 3 * 2
+    assert card.text.count("![") == 2
+    assert 'from_pretrained("checkpoint")' in card.text
+    assert "Yes, measured." in card.text
+    checkpoint = folder / "checkpoint"
+    assert (checkpoint / "preprocessor_config.json").is_file()
+    assert 'from_pretrained(".")' in (checkpoint / "README.md").read_text()
+    original, stock = (Dinov2Model.from_pretrained(path) for path in (tiny_demo / "model", checkpoint))
+    inputs = {"pixel_values": torch.ones(1, 3, 8, 8)}
+    assert relative_difference(outputs_of(original, inputs), outputs_of(stock, inputs)) < 1e-5
+    assert "Equal" in run("verify", checkpoint).stdout
+
+
+def test_demo_quick_continues(tiny_demo):
+    folder = tiny_demo / "out"
+    run("demo", "--quick", "--out", folder)
+    first = load_results(folder).rows
+    assert [row["dataset"] for row in first] == ["shades"] * 3
+    run("demo", "--quick", "--out", folder)
+    assert load_results(folder).rows == first
+
+
+def test_compare_takes_options_over_a_preset(tiny_demo):
+    options = ["--dataset", "shades", "--method", "original,spp-raffm", "--epochs", 2, "--batch-size", 5]
+    options += ["--learning-rate", 0.01, "--max-train-samples", 10, "--max-eval-samples", 6, "--seed", 7]
+    run("compare", "--preset", "demo", "--out", tiny_demo / "out", *options)
+    results = load_results(tiny_demo / "out")
+    assert [(row["method"], row["train_samples"], row["eval_samples"], row["seed"]) for row in results.rows] == [
+        ("original", 10, 6, 7),
+        ("spp-raffm", 10, 6, 7),
+    ]
+    arguments = results.settings["training_arguments"]
+    assert (arguments["num_train_epochs"], arguments["per_device_train_batch_size"]) == (2, 5)
+    assert arguments["learning_rate"] == 0.01
+    assert Reordering.from_pretrained(tiny_demo / "out" / "checkpoint").config.axes == ("qk",)
+
+
+def test_compare_without_spp_writes_a_card_of_results_alone(tiny_demo):
+    words = ["compare", "--preset", "demo", "--dataset", "shades", "--method", "original"]
+    text = run(*words, "--out", tiny_demo / "out").stdout
+    assert "Checkpoint" not in text
+    card = ModelCard.load(tiny_demo / "out" / "README.md")
+    assert len(card.data.eval_results) == 2
+    run("card", tiny_demo / "out")
+    assert ModelCard.load(tiny_demo / "out" / "README.md").data.eval_results == card.data.eval_results
+
+
+def test_compare_refuses_other_settings_in_the_same_folder(tiny_demo):
+    words = ["compare", "--preset", "demo", "--dataset", "shades", "--method", "original", "--out", tiny_demo / "out"]
+    run(*words)
+    assert "holds results of other settings" in refused(*words, "--seed", 5)
+    assert "unknown method 'magic'" in refused(*words, "--method", "magic")
+
+
+def test_compare_takes_a_model_and_a_data_set_of_ones_own(bert, tmp_path, monkeypatch):
+    asked = {}
+
+    def note(preset, folder, **options):
+        asked.update(preset=preset, folder=folder, **options)
+        raise OrdersError("Stop here.")
+
+    monkeypatch.setattr(presets, "run_preset", note)
+    refused("compare", "--model", bert, "--dataset", "a/b,c/d", "--image-size", 32, "--save-models")
+    assert asked["preset"].model() == str(bert)
+    assert dict(asked["preset"].datasets) == {"a/b": "a/b", "c/d": "c/d"}
+    assert asked["preset"].recipe == Recipe(image_size=32)
+    assert asked["save_models"] is True
