@@ -1,6 +1,6 @@
 """Reorder a pretrained model, save it as a stock checkpoint, load that with transformers alone, and undo it.
 
-    python examples/reorder.py [FOLDER]
+python examples/reorder.py [FOLDER]
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Fine-tune DINOv2-small on handwritten digits with the stock Trainer, reordered when training begins.
 
-    python examples/train_with_callback.py [FOLDER]
+python examples/train_with_callback.py [FOLDER]
 """
 
 import sys
@@ -9,8 +9,8 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Tr
 
 from hf_spp import SPPCallback, SPPConfig
 from hf_spp.assets import digits, dinov2_small
-from hf_spp.images import pixel_transform
-from hf_spp.metrics import classification_metrics
+from hf_spp.comparison.images import pixel_transform
+from hf_spp.comparison.metrics import classification_metrics
 
 folder = sys.argv[1] if len(sys.argv) > 1 else "digits-spp"
 data = digits().with_transform(pixel_transform(AutoImageProcessor.from_pretrained(dinov2_small()), size=56))

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from .architectures import channel_groups
     from .callback import SPPCallback
     from .channels import ChannelGroup, ChannelMap, Member, Refusal
+    from .comparison.evaluation import compare_methods
     from .config import SPPConfig
-    from .evaluation import compare_methods
     from .reordering import Reordering, apply_spp
 
 __all__ = [
@@ -72,7 +72,7 @@ _HOMES = {
     "SPPConfig": "config",
     "apply_spp": "reordering",
     "channel_groups": "architectures",
-    "compare_methods": "evaluation",
+    "compare_methods": "comparison.evaluation",
 }
 
 

@@ -21,9 +21,9 @@ from transformers.utils import logging
 from . import checkpoint
 from ._compat import accept_checkpoint_names
 from .apply import named_tensors
+from .cards.model_card import CardContent, render_card, task_of_class, update_card_with_evaluation
 from .config import SPPConfig
 from .errors import CallbackError
-from .model_card import CardContent, render_card, task_of_class, update_card_with_evaluation
 from .reordering import Reordering, apply_spp
 
 logger = logging.get_logger(__name__)

@@ -20,8 +20,8 @@ from .terminal import err, out, show_comparison, show_families, show_map, show_p
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .presets import Preset
-    from .results import ComparisonResults
+    from .cards.results import ComparisonResults
+    from .comparison.presets import Preset
 
 DEMO_FOLDER = Path("spp-demo")
 COMPARISON_FOLDER = Path("spp-comparison")
@@ -132,7 +132,7 @@ def demo(
     Run it again to continue where it was stopped.
     """
     with working("Starting"):
-        from .presets import PRESETS, run_preset
+        from .comparison.presets import PRESETS, run_preset
     _finish(run_preset("demo", folder, quick=quick, seed=seed), PRESETS["demo"].model())
 
 
@@ -167,7 +167,7 @@ def compare(
     Lists take commas or repeated options. Run it again to continue where it was stopped.
     """
     with working("Starting"):
-        from .presets import run_preset
+        from .comparison.presets import run_preset
     sizes = {"image_size": image_size, "max_train_samples": max_train_samples, "max_eval_samples": max_eval_samples}
     chosen = _comparison(preset, model, _split(dataset), _split(method), _given(sizes), quick)
     training = {
@@ -259,7 +259,7 @@ def card(
 ) -> None:
     """Write the card of a folder anew from its orders, results and plots."""
     with working("Starting"):
-        from .reports import write_card
+        from .cards.reports import write_card
     show_places({"Card": [write_card(folder, source=base, fine_tuned=fine_tuned, overwrite=overwrite)]})
 
 
@@ -304,8 +304,8 @@ def _comparison(
     preset: str | None, model: str | None, datasets: list[str], methods: list[str], sizes: dict[str, Any], quick: bool
 ) -> "Preset":
     """The named preset with the given options in place of its own, or one of the options alone."""
-    from .classification import Recipe
-    from .presets import PRESETS, Preset
+    from .comparison.classification import Recipe
+    from .comparison.presets import PRESETS, Preset
 
     if preset is not None and preset not in PRESETS:
         raise SPPConfigError(f"--preset {preset} is unknown. Accepted: {', '.join(PRESETS)}. Correct the name.")

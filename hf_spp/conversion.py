@@ -13,13 +13,13 @@ from transformers import PreTrainedModel
 from . import checkpoint
 from .apply import named_tensors
 from .architectures import channel_groups
+from .cards.reports import CHECKPOINT_NAME, checkpoint_method, write_card
+from .cards.results import ComparisonResults
 from .config import SPPConfig
 from .hub import find_files
 from .loading import companion_files, load_model, quiet_transformers
 from .proof import Proof, Witness, default_tolerance
 from .reordering import ORDERS_NAME, Reordering, apply_spp
-from .reports import CHECKPOINT_NAME, checkpoint_method, write_card
-from .results import ComparisonResults
 from .saliency import weight_scores
 
 

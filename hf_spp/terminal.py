@@ -11,9 +11,9 @@ from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from .cards.results import ComparisonResults
     from .channels import ChannelMap
     from .conversion import Verification
-    from .results import ComparisonResults
 
 
 def out() -> Console:
@@ -48,9 +48,9 @@ def show_places(places: Mapping[str, Sequence[object]]) -> None:
 
 def show_comparison(results: "ComparisonResults", saved: Path | None) -> None:
     """Print the results' table, what was left out, and where everything lies."""
-    from .reports import CARD_NAME, PLOTS
-    from .result_rows import results_cells
-    from .results import RESULTS_NAME
+    from .cards.reports import CARD_NAME, PLOTS
+    from .cards.result_rows import results_cells
+    from .cards.results import RESULTS_NAME
 
     header, body, labels = results_cells(results.rows)
     table = Table(title="Accuracy / macro F1, %", title_justify="left", title_style="bold")

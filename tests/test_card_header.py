@@ -1,7 +1,7 @@
 import pytest
 from huggingface_hub import ModelCard
 
-from hf_spp.card_header import join_card, patch_header, read_header, split_card
+from hf_spp.cards.card_header import join_card, patch_header, read_header, split_card
 from hf_spp.errors import CardError
 
 

@@ -17,7 +17,7 @@ from transformers import (
     set_seed,
 )
 
-from hf_spp.classification import Recipe, load_classification_data, prepare_task
+from hf_spp.comparison.classification import Recipe, load_classification_data, prepare_task
 from hf_spp.errors import CheckpointError, DatasetError, HubError, SPPConfigError, UnsupportedArchitectureError
 
 LABELS = datasets.ClassLabel(names=["no", "yes"])

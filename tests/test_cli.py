@@ -14,12 +14,13 @@ from PIL import Image
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, Dinov2Config, Dinov2Model, ViTImageProcessor
 from typer.testing import CliRunner
 
-from hf_spp import OrdersError, Reordering, SPPConfig, apply_spp, conversion, presets
+from hf_spp import OrdersError, Reordering, SPPConfig, apply_spp, conversion
+from hf_spp.cards.results import load_results
 from hf_spp.checkpoint import pack_tensors
-from hf_spp.classification import Recipe
 from hf_spp.cli import app
-from hf_spp.presets import Preset
-from hf_spp.results import load_results
+from hf_spp.comparison import presets
+from hf_spp.comparison.classification import Recipe
+from hf_spp.comparison.presets import Preset
 
 BASE_CARD = "---\nlicense: mit\nlanguage: en\nbase_model: someone/tiny-bert\npipeline_tag: fill-mask\n---\n# Tiny\n"
 

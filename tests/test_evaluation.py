@@ -22,12 +22,12 @@ from transformers import (
     set_seed,
 )
 
-from hf_spp.classification import Recipe
+from hf_spp.cards.results import METHODS, ROW_KEYS, load_results
+from hf_spp.comparison.classification import Recipe
+from hf_spp.comparison.evaluation import compare_methods, precision_arguments, recipe_arguments
 from hf_spp.config import SPPConfig
 from hf_spp.errors import DatasetError, HubError, SPPConfigError
-from hf_spp.evaluation import compare_methods, precision_arguments, recipe_arguments
 from hf_spp.reordering import ORDERS_NAME, Reordering
-from hf_spp.results import METHODS, ROW_KEYS, load_results
 
 RECIPE = Recipe(validation_fraction=0.25, train_fraction=1.0)
 WORDS = ("good", "fine", "bad", "poor", "day", "film")

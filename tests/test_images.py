@@ -8,8 +8,8 @@ from datasets import Image as ImageFeature
 from PIL import Image
 from transformers import BitImageProcessor, ViTImageProcessor
 
+from hf_spp.comparison.images import _MODES, PixelStats, pixel_stats, pixel_transform
 from hf_spp.errors import DatasetError, SPPConfigError
-from hf_spp.images import _MODES, PixelStats, pixel_stats, pixel_transform
 
 STEP = 1 / 255
 PLAIN = PixelStats(mean=(0.0,), std=(1.0,))

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from transformers import EvalPrediction
 
-from hf_spp.metrics import classification_metrics
+from hf_spp.comparison.metrics import classification_metrics
 
 
 def _logits(classes, count):

@@ -8,9 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jinja2 import nodes
 
-from hf_spp import model_card
-from hf_spp.errors import CardError
-from hf_spp.model_card import (
+from hf_spp.cards import model_card
+from hf_spp.cards.model_card import (
     SECTION_END,
     SECTION_START,
     CardContent,
@@ -20,7 +19,8 @@ from hf_spp.model_card import (
     render_card,
     update_card_with_evaluation,
 )
-from hf_spp.result_rows import METHODS, results_table
+from hf_spp.cards.result_rows import METHODS, results_table
+from hf_spp.errors import CardError
 
 VERSIONS = {"hf_spp": "0.1.0", "torch": "2.13.0", "transformers": "5.23.0"}
 SUMMARY = {

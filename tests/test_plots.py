@@ -6,8 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
+from hf_spp.cards.plots import method_bars, saliency_spectrum
 from hf_spp.errors import CardError, NonFiniteWeightsError, SPPConfigError
-from hf_spp.plots import method_bars, saliency_spectrum
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,11 @@ import pytest
 from PIL import Image
 from transformers import Dinov2Config, Dinov2Model, ViTImageProcessor, set_seed
 
-from hf_spp import presets
-from hf_spp.classification import Recipe
+from hf_spp.cards.results import METHODS
+from hf_spp.comparison import presets
+from hf_spp.comparison.classification import Recipe
+from hf_spp.comparison.presets import PRESETS, Preset, run_preset
 from hf_spp.errors import AssetError, SPPConfigError
-from hf_spp.presets import PRESETS, Preset, run_preset
-from hf_spp.results import METHODS
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 import pytest
 
+from hf_spp.cards.result_rows import check_rows, results_table, runs_table
 from hf_spp.errors import CardError
-from hf_spp.result_rows import check_rows, results_table, runs_table
 
 
 def row(dataset="fashion-mnist", method="spp", accuracy=0.775, f1=0.777, **more):

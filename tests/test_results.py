@@ -2,8 +2,8 @@ import json
 
 import pytest
 
+from hf_spp.cards.results import RESULTS_NAME, ResultsFile, load_results
 from hf_spp.errors import CheckpointError, SPPConfigError
-from hf_spp.results import RESULTS_NAME, ResultsFile, load_results
 
 SETTINGS = {
     "model": "m",

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from . import assets
+from .. import assets
+from ..cards.results import ComparisonResults
+from ..config import SPPConfig
+from ..errors import AssetError, SPPConfigError
 from .classification import DatasetSource, Recipe
-from .config import SPPConfig
-from .errors import AssetError, SPPConfigError
 from .evaluation import compare_methods, recipe_arguments
-from .results import ComparisonResults
 
 
 @dataclass(frozen=True)

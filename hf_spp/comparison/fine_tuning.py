@@ -20,17 +20,17 @@ from torch import Tensor
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.utils import logging
 
-from . import checkpoint
-from .architectures import channel_groups
-from .baselines import pruning_rank
-from .channels import ChannelGroup
+from .. import checkpoint
+from ..architectures import channel_groups
+from ..baselines import pruning_rank
+from ..channels import ChannelGroup
+from ..config import SPPConfig
+from ..errors import NonFiniteWeightsError
+from ..forward import evaluation_mode, run_model
+from ..reordering import Reordering, apply_spp
+from ..version import __version__
 from .classification import ClassificationTask
-from .config import SPPConfig
-from .errors import NonFiniteWeightsError
-from .forward import evaluation_mode, run_model
 from .metrics import classification_metrics
-from .reordering import Reordering, apply_spp
-from .version import __version__
 
 logger = logging.get_logger(__name__)
 

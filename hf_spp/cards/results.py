@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import checkpoint, result_rows
-from .config import SPPConfig, check_format_version
-from .errors import CheckpointError, SPPConfigError
+from .. import checkpoint
+from ..config import SPPConfig, check_format_version
+from ..errors import CheckpointError, SPPConfigError
+from . import result_rows
 
 METHODS = tuple(result_rows.METHODS)
 RESULTS_NAME = "results.json"

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from .errors import CardError, NonFiniteWeightsError, SPPConfigError
+from ..errors import CardError, NonFiniteWeightsError, SPPConfigError
 from .result_rows import METHODS, Row, check_rows, model_label
 
 Curve = NDArray[np.float64]

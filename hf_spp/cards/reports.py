@@ -8,12 +8,12 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from transformers.utils import logging
 
-from . import checkpoint
+from .. import checkpoint
+from ..errors import CardError, CheckpointError
+from ..hub import find_files
+from ..reordering import ORDERS_NAME, Reordering
 from .card_header import name_of, read_header, split_card
-from .errors import CardError, CheckpointError
-from .hub import find_files
 from .model_card import TAGS, CardContent, license_of, render_card, task_of_class, update_card_with_evaluation
-from .reordering import ORDERS_NAME, Reordering
 from .result_rows import unique
 from .results import RESULTS_NAME, ComparisonResults, load_results
 

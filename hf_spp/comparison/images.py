@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from .errors import DatasetError, SPPConfigError
+from ..errors import DatasetError, SPPConfigError
 
 # Pillow's filter numbers, and the names that torch uses.
 _RESAMPLE = {2: "bilinear", 3: "bicubic", "bilinear": "bilinear", "bicubic": "bicubic"}

@@ -16,6 +16,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from transformers.modelcard import TASK_MAPPING
 from transformers.models.auto import modeling_auto
 
+from ..errors import CardError
 from .card_header import (
     METHOD_ARGUMENT,
     join_card,
@@ -27,7 +28,6 @@ from .card_header import (
     split_card,
     task_of,
 )
-from .errors import CardError
 from .result_rows import (
     METHODS,
     METRICS,
@@ -314,7 +314,7 @@ def _evaluation_context(
 @functools.cache
 def _template() -> jinja2.Template:
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("hf_spp", "templates"),
+        loader=jinja2.PackageLoader("hf_spp.cards", "templates"),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

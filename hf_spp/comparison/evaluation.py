@@ -12,12 +12,13 @@ import torch
 from transformers import TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
-from . import checkpoint, plots
+from .. import checkpoint
+from ..cards import plots
+from ..cards.results import METHODS, ComparisonResults, ResultsFile
+from ..config import SPPConfig
+from ..errors import SPPConfigError
 from .classification import ClassificationTask, DatasetSource, Recipe, load_classification_data, prepare_task
-from .config import SPPConfig
-from .errors import SPPConfigError
 from .fine_tuning import MethodRun, RunProgress, Spectrum, spectrum_of_task
-from .results import METHODS, ComparisonResults, ResultsFile
 
 # What the Trainer is told about logging, saving and hardware does not change a result.
 _NEUTRAL_ARGUMENTS = re.compile(

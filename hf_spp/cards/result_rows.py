@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from .errors import CardError
+from ..errors import CardError
 
 Row = Mapping[str, Any]
 

@@ -24,7 +24,7 @@ from transformers import (
     default_data_collator,
 )
 
-from .errors import CheckpointError, DatasetError, HubError, SPPConfigError, UnsupportedArchitectureError
+from ..errors import CheckpointError, DatasetError, HubError, SPPConfigError, UnsupportedArchitectureError
 from .images import pixel_transform
 
 DatasetSource: TypeAlias = Any

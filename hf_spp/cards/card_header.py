@@ -8,7 +8,7 @@ from huggingface_hub import CardData, EvalResult, RepoCard
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.repocard_data import eval_results_to_model_index
 
-from .errors import CardError
+from ..errors import CardError
 
 # Marks the results of this package inside a model-index that others write to as well.
 METHOD_ARGUMENT = "spp_method"

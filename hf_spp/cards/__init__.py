@@ -1,0 +1,1 @@
+"""Results and model cards: rows, tables, plots, headers, cards of folders."""
