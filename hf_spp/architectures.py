@@ -10,14 +10,14 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .channels import ChannelGroup, ChannelMap, Member, Refusal
+from .channels import ChannelGroup, ChannelMap, Member, Refusal, Role
 from .config import AXES
 from .errors import UnsupportedArchitectureError, UnsupportedModelError
 
@@ -63,10 +63,16 @@ FEED_FORWARD_PATTERNS = (
 HEAD_TABLES = {"relative_attention_bias.weight": "n c"}
 HEAD_NORMS = ("q_norm.weight", "k_norm.weight")
 HEAD_DIM_ATTRIBUTES = ("head_dim", "attention_head_size", "key_value_proj_dim")
+# Linear layers of a head whose outputs are the model's, so no stream even where they are as many as its channels.
+OUTPUT_LAYERS = (
+    "classifier", "cls_classifier", "distillation_classifier", "score", "qa_outputs", "out_proj", "decoder", "lm_head"
+)  # fmt: skip
 # Linear layers that read several copies of the residual stream side by side, by model type.
 CONCATENATED_READERS = {"dinov2": ("classifier",)}
 
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 ROTARY_REASON = "rotary position embedding: each frequency belongs to a fixed row of q and k"
+CROSS_ATTENTION_REASON = "cross-attention reads the states of another model, which keep their order"
 HEADLESS_REASON = (
     "the model has no head, its output is the residual stream itself and would change order; load it with a task head"
 )
@@ -102,7 +108,7 @@ def _checked(model: Any) -> PreTrainedModel:
             "Reorder the unquantized checkpoint first and quantize the result."
         )
     for name, parameter in model.named_parameters():
-        if not parameter.is_floating_point():
+        if parameter.dtype not in DTYPES:
             raise UnsupportedModelError(
                 f"Parameter {name} of {type(model).__name__} has dtype {parameter.dtype}; float16, bfloat16, float32 "
                 "or float64 weights are needed. Reorder the unquantized checkpoint first and quantize the result."
@@ -187,8 +193,13 @@ class _Resolver:
         if (hidden := self._hidden_group(attentions, feed_forwards)) is not None:
             groups.append(hidden)
         names = {group.name for group in groups if group.size > 1}
-        groups = [self._finish(group, names) for group in groups if group.size > 1]
-        return ChannelMap(tuple(groups), _summarize(self.refused))
+        # Modules that share their parameters make one group, under the first name.
+        distinct: dict[tuple[str, int, frozenset[Member]], ChannelGroup] = {}
+        for group in groups:
+            if group.size > 1:
+                group = self._finish(group, names)
+                distinct.setdefault((group.axis, group.blocks, frozenset(group.members)), group)
+        return ChannelMap(tuple(distinct.values()), _summarize(self.refused))
 
     def _finish(self, group: ChannelGroup, names: set[str]) -> ChannelGroup:
         members = {}
@@ -218,7 +229,7 @@ class _Resolver:
 
     def _projection(self, path: str, relative: str) -> _Projection | None:
         module = self._child(path, relative)
-        if not isinstance(module, (nn.Linear, Conv1D)):
+        if not _is_linear(module):
             return None
         transposed = isinstance(module, Conv1D)
         outputs, inputs = reversed(module.weight.shape) if transposed else module.weight.shape
@@ -236,7 +247,8 @@ class _Resolver:
     def _unexplained(self, path: str, children: tuple[str, ...], known: tuple[str, ...] = ()) -> str | None:
         """The first parameter of the modules that own `children` that is neither theirs nor among `known`."""
         owners = {_join(path, child).rpartition(".")[0] for child in children}
-        explained = tuple(f"{_join(path, child)}." for child in (*children, *known))
+        explained = tuple(f"{_join(path, child)}.{leaf}." for child in children for leaf in ("weight", "bias"))
+        explained += tuple(f"{_join(path, child)}." for child in known)
         for owner in owners:
             for name, _ in self.modules[owner].named_parameters():
                 if not f"{_join(owner, name)}.".startswith(explained):
@@ -357,8 +369,12 @@ class _Resolver:
     # Residual stream
 
     def _hidden_group(self, attentions: list[_Attention], feed_forwards: list[_FeedForward]) -> ChannelGroup | None:
-        if self.model.base_model is self.model and self.model.get_output_embeddings() is None:  # type: ignore[no-untyped-call]
+        config = self.model.config
+        if self.model.base_model is self.model and not any(map(_is_linear, self.model.children())):
             self._refuse(("hidden",), type(self.model).__name__, HEADLESS_REASON)
+            return None
+        if getattr(config, "add_cross_attention", False) and not config.is_encoder_decoder:
+            self._refuse(("hidden",), type(self.model).__name__, CROSS_ATTENTION_REASON)
             return None
         readers = [p for unit in attentions for p in (unit.query, unit.key, unit.value)]
         readers += [p for unit in feed_forwards for p in unit.inner]
@@ -372,6 +388,12 @@ class _Resolver:
         members += [m for p in writers for m in p.produce("c")]
         known = {f"{p.module}.{leaf}" for p in (*readers, *writers) for leaf in ("weight", "bias")}
         known |= {m.tensor for unit in attentions for m in (*unit.tables, *unit.norms)}
+        # The bias of an output layer may be tied to a parameter of another name.
+        known |= {
+            self.first_name[id(module.bias)]
+            for path, module in self.modules.items()
+            if path.rpartition(".")[2] in OUTPUT_LAYERS and _is_linear(module) and module.bias is not None
+        }
         for name in self.parameters:
             if name in known:
                 continue
@@ -389,20 +411,22 @@ class _Resolver:
         """Where a parameter outside attention and feed-forward holds the stream; None, with a refusal, if unclear."""
         path, _, leaf = name.rpartition(".")
         module, shape = self.modules[path], self.parameters[name].shape
-        if isinstance(module, (nn.Linear, Conv1D)):
+        if _is_linear(module):
             return self._stream_linear(path, leaf, size)
         if isinstance(module, nn.Embedding):
             return [Member(name, "n c")] if shape[1] == size else []
         if size not in shape:
             return []
-        convolution = isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
-        dim = 0 if convolution else len(shape) - 1
-        if shape[dim] != size or (convolution and leaf == "weight" and shape[1] == size):
+        roles: dict[int, Role] = {len(shape) - 1: "other"}
+        if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            roles = {0: "producer", 1: "consumer"} if leaf == "weight" else {0: "producer"}
+        dims = [dim for dim in roles if shape[dim] == size]
+        if len(dims) != 1 or getattr(module, "groups", 1) != 1:
             self._refuse(("hidden",), path, f"parameter {leaf} of shape {list(shape)} is not understood")
             return None
         names = [f"i{index}" for index in range(len(shape))]
-        names[dim] = "c"
-        return [Member(name, " ".join(names), "producer" if convolution else "other")]
+        names[dims[0]] = "c"
+        return [Member(name, " ".join(names), roles[dims[0]])]
 
     def _stream_linear(self, path: str, leaf: str, size: int) -> list[Member] | None:
         projection = self._projection("", path)
@@ -411,9 +435,9 @@ class _Resolver:
         if _layer(path) is not None and size in (projection.inputs, projection.outputs):
             self._refuse(("hidden",), path, "a linear map inside a layer that no pattern explains")
             return None
+        produced = projection.outputs == size and path.rpartition(".")[2] not in OUTPUT_LAYERS
         if leaf == "bias":
-            return [Member(f"{path}.bias", "c", "producer")] if projection.outputs == size else []
-        produced = projection.outputs == size
+            return [Member(f"{path}.bias", "c", "producer")] if produced else []
         if projection.inputs == size:
             consumed = projection.consume("c")
         elif projection.inputs % size == 0:
@@ -424,6 +448,11 @@ class _Resolver:
         else:
             consumed = []
         return [*consumed, *(m for m in projection.produce("c") if produced and m.is_matrix)]
+
+
+def _is_linear(module: nn.Module | None) -> TypeGuard[nn.Linear]:
+    """Whether a module is a plain linear map whose weight is its own parameter, no parametrization of others."""
+    return isinstance(module, (nn.Linear, Conv1D)) and "weight" in module._parameters
 
 
 def _join(path: str, relative: str) -> str:

@@ -60,20 +60,27 @@ def calibrated_scores(
         Activation times weight norm: Sun et al., Wanda, arXiv:2306.11695. First-order Taylor: Molchanov et al.,
         arXiv:1906.10771, with gates as in Michel et al., arXiv:1905.10650.
     """
+    if not isinstance(batches, Iterable):
+        raise CalibrationError(
+            f"The calibration data is a {type(batches).__name__}; an iterable of dict batches of forward arguments is "
+            "needed. Give a DataLoader or a list of batches."
+        )
     groups = tuple(groups)
     watch = _ActivationWatch() if metric == "activation" else _TaylorWatch(groups, seed)
     points = {point for group in groups for point in map(_point, _watched(group))}
-    taken = islice(batches, max_batches)
     total = max_batches
     if isinstance(batches, Sized):
         total = len(batches) if max_batches is None else min(len(batches), max_batches)
     count = 0
-    with evaluation_mode(model), _hooks(model, points, watch):
-        for batch in logging.tqdm(taken, total=total, desc=f"Calibrating ({metric})", leave=False):
+    # A DataLoader draws the seed of its workers from the global generator.
+    with evaluation_mode(model), _hooks(model, points, watch), torch.random.fork_rng():
+        for batch in logging.tqdm(
+            islice(batches, max_batches), total=total, desc=f"Calibrating ({metric})", leave=False
+        ):
             _check_batch(batch)
             try:
                 watch.run(model, batch)
-            except (RuntimeError, TypeError, ValueError, KeyError, IndexError) as error:
+            except Exception as error:  # whatever a forward raises only means that the batch does not suit it
                 raise CalibrationError(
                     f"{type(model).__name__} does not run on calibration batch {count} with the arguments "
                     f"{sorted(batch)}: {error}. Give dict batches of forward arguments."
@@ -144,6 +151,24 @@ class _Watch:
         raise NotImplementedError
 
 
+def _token_mask(model: PreTrainedModel, batch: Mapping[str, Any]) -> Tensor | None:
+    """Which tokens are no padding, `[batch, tokens]`, as far as the batch says.
+
+    In an encoder-decoder the mask is the encoder's only, and lengths cannot tell the two streams apart.
+    """
+    mask = batch.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or model.config.is_encoder_decoder:
+        return None
+    return mask.bool().to(model.device)
+
+
+def _tokens(features: Tensor, mask: Tensor | None) -> Tensor:
+    """Features of every token that is no padding, `[tokens, features]`."""
+    if mask is not None and features.shape[:-1] == mask.shape:
+        return features[mask]
+    return features.reshape(-1, features.shape[-1])
+
+
 @dataclass
 class _ActivationWatch(_Watch):
     """Sum of squared activations per feature, over every token that is no padding."""
@@ -153,20 +178,14 @@ class _ActivationWatch(_Watch):
     mask: Tensor | None = None
 
     def see(self, point: Point, features: Tensor) -> Tensor:
-        seen = features.detach()
-        if self.mask is not None and seen.shape[:-1] == self.mask.shape:
-            seen = seen[self.mask]
-        seen = seen.reshape(-1, seen.shape[-1]).double()
+        seen = _tokens(features.detach(), self.mask).double()
         self.squares[point] = self.squares.get(point, 0) + seen.square().sum(0).cpu()
         self.tokens[point] = self.tokens.get(point, 0) + seen.shape[0]
         return features
 
     @torch.no_grad()
     def run(self, model: PreTrainedModel, batch: Mapping[str, Any]) -> None:
-        mask = batch.get("attention_mask")
-        # In an encoder-decoder the mask is the encoder's only, and lengths cannot tell the two streams apart.
-        usable = isinstance(mask, Tensor) and mask.dim() == 2 and not model.config.is_encoder_decoder
-        self.mask = mask.bool().to(model.device) if usable and mask is not None else None
+        self.mask = _token_mask(model, batch)
         run_model(model, batch)
 
     def scores(self, model: PreTrainedModel, group: ChannelGroup) -> Tensor:
@@ -201,7 +220,7 @@ class _TaylorWatch(_Watch):
     def run(self, model: PreTrainedModel, batch: Mapping[str, Any]) -> None:
         self.gates = []
         with torch.enable_grad():
-            loss = self._loss(run_model(model, batch))
+            loss = self._loss(run_model(model, batch), _token_mask(model, batch))
             found = torch.autograd.grad(loss, [gate for _, gate in self.gates], allow_unused=True)
         changes: dict[Point, Tensor] = {}
         for (point, gate), gradient in zip(self.gates, found, strict=True):
@@ -217,16 +236,17 @@ class _TaylorWatch(_Watch):
                 self.squares[group.name] = self.squares.get(group.name, torch.zeros(())) + squares
         self.samples += max((gate.shape[0] for gate in changes.values()), default=0)
 
-    def _loss(self, output: Any) -> Tensor:
+    def _loss(self, output: Any, mask: Tensor | None) -> Tensor:
         """The sum over samples of a loss, so that every sample's gates see its own gradient at full size."""
         tensors = output_tensors(output)
         batch = next(value.shape[0] for value in tensors.values() if value.dim() > 0)
         if "loss" in tensors:
             return tensors["loss"] * batch
         if "logits" in tensors:
-            logits = tensors["logits"].flatten(0, -2).float()
+            logits = _tokens(tensors["logits"], mask)
+            logits = logits if logits.dtype == torch.float64 else logits.float()
             return nn.functional.cross_entropy(logits, logits.detach().argmax(-1), reduction="sum")
-        target = next(iter(tensors.values()))
+        target = _tokens(next(iter(tensors.values())), mask)
         generator = torch.Generator().manual_seed(self.seed + self.samples)
         direction = torch.randn(target.shape, generator=generator).to(target)
         return (target * direction).sum()

@@ -9,7 +9,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as deserialize_tensors
 from safetensors.torch import save as serialize_tensors
 
-from .errors import CheckpointError
+from .errors import CheckpointError, SPPError
 
 PathLike = str | os.PathLike[str]
 
@@ -43,7 +43,8 @@ def write_bytes(path: PathLike, data: bytes) -> Path:
             f"{target} cannot be written ({error.strerror or error}). Give a folder that exists and is writable."
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
     return target
 
 
@@ -77,7 +78,7 @@ def read_json(path: PathLike) -> Any:
     """
     try:
         return json.loads(read_text(path))
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise CheckpointError(f"{path} is no valid JSON ({error}). Save it again with save_pretrained.") from error
 
 
@@ -149,7 +150,7 @@ def replacing_folder(target: PathLike, *, overwrite: bool = False) -> Iterator[P
                 os.replace(old, folder)
             raise
     except OSError as error:
-        if isinstance(error, CheckpointError):
+        if isinstance(error, SPPError):
             raise
         raise CheckpointError(f"{folder} cannot be written ({error}). Give a folder that is writable.") from error
     finally:

@@ -70,11 +70,14 @@ class SPPConfig:
         if not isinstance(self.verify, bool):
             raise SPPConfigError(f"verify={self.verify!r} is neither True nor False.")
         if self.tolerance is not None and not (
-            isinstance(self.tolerance, (int, float)) and math.isfinite(self.tolerance) and self.tolerance > 0
+            isinstance(self.tolerance, (int, float))
+            and not isinstance(self.tolerance, bool)
+            and math.isfinite(self.tolerance)
+            and self.tolerance > 0
         ):
             raise SPPConfigError(f"tolerance={self.tolerance!r} is no positive number. Give one, or None.")
-        if not _is_int(self.seed, least=0):
-            raise SPPConfigError(f"seed={self.seed!r} is no whole number from 0 up.")
+        if not _is_int(self.seed, least=0) or self.seed >= 2**63:
+            raise SPPConfigError(f"seed={self.seed!r} is no whole number from 0 up to 2**63.")
 
     @staticmethod
     def _check_axes(axes: tuple[str, ...]) -> None:

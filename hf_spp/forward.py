@@ -84,11 +84,3 @@ def output_tensors(output: Any, name: str = "") -> dict[str, Tensor]:
     for key, value in items:
         found.update(output_tensors(value, f"{name}.{key}" if name else key))
     return found
-
-
-def first_non_finite(model: nn.Module) -> str | None:
-    """Name of the first parameter or buffer that holds NaN or infinity."""
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            return name
-    return None

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .errors import ExampleInputsError, NonFiniteWeightsError
-from .forward import Float64Throughout, accepted_arguments, evaluation_mode, first_non_finite, output_tensors, run_model
+from .errors import ExampleInputsError
+from .forward import Float64Throughout, accepted_arguments, evaluation_mode, output_tensors, run_model
+from .saliency import check_finite
 
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 8e-2}
 """Largest accepted max|Δ| relative to the output's scale, by the dtype of the weights."""
@@ -49,11 +50,7 @@ class Witness:
     def __init__(self, model: PreTrainedModel, inputs: Mapping[str, Any] | None = None, seed: int = 0) -> None:
         self.inputs, self.before = _first_that_runs(model, inputs, seed)
         if not all(bool(value.isfinite().all()) for value in self.before.values()):
-            if (name := first_non_finite(model)) is not None:
-                raise NonFiniteWeightsError(
-                    f"Parameter {name} of {type(model).__name__} holds NaN or infinity, so its function cannot be "
-                    "compared. Reload the checkpoint, or repair the weight."
-                )
+            check_finite(dict(model.named_parameters()))
             raise ExampleInputsError(
                 f"{type(model).__name__} puts out NaN or infinity on the inputs of the proof. "
                 "Give example_inputs on which its outputs are finite."
@@ -83,12 +80,17 @@ class Witness:
 
 def default_tolerance(model: PreTrainedModel) -> float:
     """The tolerance for the coarsest dtype among the model's weights."""
-    return max(TOLERANCES.get(parameter.dtype, TOLERANCES[torch.bfloat16]) for parameter in model.parameters())
+    return max(TOLERANCES[parameter.dtype] for parameter in model.parameters())
 
 
 def _first_that_runs(
     model: PreTrainedModel, inputs: Mapping[str, Any] | None, seed: int
 ) -> tuple[Mapping[str, Any], dict[str, Tensor]]:
+    if inputs is not None and not isinstance(inputs, Mapping):
+        raise ExampleInputsError(
+            f"example_inputs is a {type(inputs).__name__}; a dict of forward arguments is needed. "
+            "Give what you would call the model with, by argument name."
+        )
     failure: Exception | None = None
     for candidate in [inputs] if inputs is not None else _candidates(model, seed):
         try:

@@ -5,8 +5,8 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,11 +29,12 @@ from .errors import (
     EqualFunctionError,
     IllegalAxisError,
     OrdersError,
+    SPPConfigError,
     UnsupportedModelError,
 )
 from .permutation import check_orders, gather_indices, moved_channels, salient_order
 from .proof import Proof, Witness, default_tolerance
-from .saliency import weight_scores
+from .saliency import check_finite, weight_scores
 from .version import __version__
 
 logger = logging.get_logger(__name__)
@@ -73,7 +74,7 @@ class Reordering:
     model_type: str
     model_class: str
     dtype: str
-    versions: Mapping[str, str] = field(default_factory=lambda: _versions())
+    versions: Mapping[str, str]
 
     @property
     def max_abs_diff(self) -> float | None:
@@ -141,8 +142,13 @@ class Reordering:
         _remember(model, (*history, self.digest))
 
     def _indices(self, model: PreTrainedModel) -> dict[str, dict[int, Tensor]]:
-        _check_writable(model)
         groups = channel_groups(model)
+        _check_writable(model)
+        if model.config.model_type != self.model_type:
+            raise OrdersError(
+                f"These orders belong to a {self.model_type} model; a {model.config.model_type} model "
+                f"({type(model).__name__}) was given. Use the orders that were saved with this checkpoint."
+            )
         check_orders(groups, self.orders)
         return gather_indices(groups, self.orders, {name: t.shape for name, t in named_tensors(model).items()})
 
@@ -221,7 +227,7 @@ class Reordering:
             "summary": json.dumps(self.summary(), sort_keys=True),
             "groups": json.dumps({n: [self.axis_of[n], self.layer_of[n]] for n in sorted(self.orders)}),
         }
-        return checkpoint.pack_tensors(tensors, metadata)
+        return checkpoint.pack_tensors(tensors, {**metadata, "sha256": _seal(tensors, metadata)})
 
     @classmethod
     def from_pretrained(
@@ -259,15 +265,24 @@ class Reordering:
         """
         tensors, metadata = checkpoint.unpack_tensors(data, ORDERS_NAME)
         stored = _parse_metadata(metadata)
-        orders = {n.removeprefix("orders."): t.long() for n, t in tensors.items() if n.startswith("orders.")}
+        orders = {n.removeprefix("orders."): t for n, t in tensors.items() if n.startswith("orders.")}
         scores = {n.removeprefix("scores."): t for n, t in tensors.items() if n.startswith("scores.")}
-        groups, summary = stored["groups"], stored["summary"]
-        if not (set(orders) == set(scores) == set(groups)) or any(orders[n].shape != scores[n].shape for n in orders):
+        if not (set(orders) == set(scores) == set(stored["groups"])):
             raise CheckpointError(f"Orders, scores and groups in {ORDERS_NAME} do not match. Save it again.")
         for name, order in orders.items():
+            if order.shape != scores[name].shape:
+                raise CheckpointError(f"Orders and scores of {name!r} in {ORDERS_NAME} do not match. Save it again.")
             _check_permutation(name, order)
+        if metadata.get("sha256") != _seal(tensors, metadata):
+            raise CheckpointError(f"The checksum of {ORDERS_NAME} is wrong. The file is damaged; download it again.")
+        return cls._from_parts({name: order.long() for name, order in orders.items()}, scores, stored)
+
+    @classmethod
+    def _from_parts(
+        cls, orders: Mapping[str, Tensor], scores: Mapping[str, Tensor], stored: Mapping[str, Any]
+    ) -> "Reordering":
+        summary, groups, proof = stored["summary"], stored["groups"], None
         try:
-            proof = None
             if summary["verified"]:
                 proof = Proof(summary["max_abs_diff"], summary["relative_diff"], summary["output_scale"])
             return cls(
@@ -322,33 +337,40 @@ def apply_spp(
         Salient parameter prioritization, arXiv:2310.00247.
     """
     config = SPPConfig() if config is None else config
+    if not isinstance(config, SPPConfig):
+        raise SPPConfigError(f"config is {config!r}; an SPPConfig is needed. Give SPPConfig(metric='l1', …).")
     groups = _select_axes(channel_groups(model), config, model)
     _check_writable(model)
     config = _settle(config, groups, calibration)
+    _check_finite(model, groups, config)
     witness = Witness(model, example_inputs, config.seed) if config.verify else None
     scores = _score(model, groups, config, calibration)
     orders = {name: salient_order(values) for name, values in scores.items()}
     tensors = named_tensors(model)
     indices = gather_indices(groups, orders, {name: tensor.shape for name, tensor in tensors.items()})
-    proof = tolerance = None
+    history = getattr(model, _HISTORY, ())
     gather_tensors(tensors, indices)
-    if witness is not None:
-        tolerance = config.tolerance if config.tolerance is not None else default_tolerance(model)
-        proof = _prove(model, witness, orders, tolerance, lambda: gather_tensors(tensors, invert_indices(indices)))
-    reordering = Reordering(
-        config,
-        orders,
-        {name: values.float() for name, values in scores.items()},
-        {group.name: group.axis for group in groups},
-        {group.name: group.layer for group in groups},
-        groups.refused,
-        proof,
-        tolerance,
-        model.config.model_type,
-        type(model).__name__,
-        str(model.dtype).removeprefix("torch."),
-    )
-    _remember(model, (*getattr(model, _HISTORY, ()), reordering.digest))
+    try:
+        tolerance = None if witness is None else config.tolerance or default_tolerance(model)
+        proof = None if witness is None else _prove(model, witness, orders, config, tolerance or 0.0)
+        reordering = Reordering(
+            config,
+            orders,
+            {name: values.float() for name, values in scores.items()},
+            {group.name: group.axis for group in groups},
+            {group.name: group.layer for group in groups},
+            groups.refused,
+            proof,
+            tolerance,
+            model.config.model_type,
+            type(model).__name__,
+            str(model.dtype).removeprefix("torch."),
+            _versions(),
+        )
+        _remember(model, (*history, reordering.digest))
+    except BaseException:
+        gather_tensors(tensors, invert_indices(indices))
+        raise
     if not reordering.changed:
         logger.warning(f"{type(model).__name__} was already in this order; no channel moved.")
     return reordering
@@ -412,26 +434,23 @@ def _score(
     return weight_scores(groups, named_tensors(model), config.metric or "l1", config.seed)
 
 
+def _check_finite(model: PreTrainedModel, groups: ChannelMap, config: SPPConfig) -> None:
+    """Refuse NaN and infinity in every weight; those that a norm will read are left to it."""
+    read = {m.tensor for group in groups for m in group.scored_members} if config.metric in ("l1", "l2") else set()
+    check_finite(dict(model.named_parameters()), seen=read)
+
+
 def _prove(
-    model: PreTrainedModel,
-    witness: Witness,
-    orders: Mapping[str, Tensor],
-    tolerance: float,
-    restore: Callable[[], None],
+    model: PreTrainedModel, witness: Witness, orders: Mapping[str, Tensor], config: SPPConfig, tolerance: float
 ) -> Proof:
     hidden = orders.get("hidden")
-    try:
-        proof = witness.compare(model, None if hidden is None else hidden.flatten())
-    except BaseException:
-        restore()
-        raise
+    proof = witness.compare(model, None if hidden is None else hidden.flatten())
     if not proof.relative_diff <= tolerance:
-        restore()
         raise EqualFunctionError(
             f"The outputs of {type(model).__name__} moved by {proof.max_abs_diff:.3g}, {proof.relative_diff:.3g} of "
             f"their scale; up to {tolerance:.3g} is accepted. The model was put back bit for bit. Leave out the axis "
-            f"that is not legal here (one of {', '.join(sorted({n.rpartition('.')[2] for n in orders}))}) and report "
-            "the architecture; in low precision, reorder in float32 instead."
+            f"that is not legal here (one of {', '.join(config.axes or ())}) and report the architecture; in low "
+            "precision, reorder in float32 instead."
         )
     return proof
 
@@ -449,6 +468,19 @@ def _versions() -> dict[str, str]:
     }
 
 
+def _seal(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """SHA-256 over every tensor and all other metadata of an orders file."""
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        total.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        total.update(tensor.view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+    for key in sorted(metadata):
+        if key != "sha256":
+            total.update(f"{key}={metadata[key]}\n".encode())
+    return total.hexdigest()
+
+
 def _parse_metadata(metadata: Mapping[str, str]) -> dict[str, Any]:
     try:
         version = int(metadata["format_version"])
@@ -456,14 +488,19 @@ def _parse_metadata(metadata: Mapping[str, str]) -> dict[str, Any]:
         raise CheckpointError(f"{ORDERS_NAME} states no format_version. It was not written by hf_spp.") from error
     check_format_version(version, ORDERS_NAME)
     try:
-        return {key: json.loads(metadata[key]) for key in ("config", "summary", "groups")}
-    except (KeyError, json.JSONDecodeError) as error:
+        stored = {key: json.loads(metadata[key]) for key in ("config", "summary", "groups")}
+    except (KeyError, json.JSONDecodeError, RecursionError) as error:
         raise CheckpointError(f"The metadata of {ORDERS_NAME} is damaged ({error}). Save it again.") from error
+    for key, value in stored.items():
+        if not isinstance(value, dict):
+            raise CheckpointError(f"The metadata {key!r} of {ORDERS_NAME} is no JSON object. Save it again.")
+    return stored
 
 
 def _check_permutation(name: str, order: Tensor) -> None:
     size = order.shape[-1] if order.dim() == 2 else 0
-    if order.dim() != 2 or not torch.equal(order.sort(-1).values, torch.arange(size).expand(order.shape[0], -1)):
+    places = torch.arange(size, dtype=torch.int32).expand(order.shape[0] if order.dim() == 2 else 0, -1)
+    if order.dim() != 2 or order.dtype != torch.int32 or not torch.equal(order.sort(-1).values, places):
         raise OrdersError(
             f"The order of {name!r} in {ORDERS_NAME} is no permutation in every block. "
             "The file is damaged; download or save it again."

@@ -4,9 +4,8 @@ Every metric is one definition over the group map. Weight metrics reduce the gro
 the activations of the modules that hold them.
 """
 
-import math
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -14,9 +13,8 @@ from torch import Tensor
 from .channels import ChannelGroup
 from .errors import NonFiniteWeightsError, SPPConfigError
 
-# Weights are reduced some rows at a time, so that intermediate values stay in the processor's cache.
+# Weights are reduced some rows at a time, so that their float64 copies stay in the processor's cache.
 _PIECE_BYTES = 1 << 20
-_RUN = 64
 
 
 @torch.no_grad()
@@ -61,7 +59,8 @@ def weight_scores(
             key = (member.tensor, member.dim)
             if key not in sums:
                 sums[key] = channel_sums(tensors[member.tensor], member.dim, power)
-                _check_finite(member.tensor, sums[key])
+                if not bool(sums[key].isfinite().all()):
+                    check_finite({member.tensor: tensors[member.tensor]})
             norms.append(member.view_channels(sums[key], group).sum(-1) ** (1 / power))
         scores[group.name] = torch.stack(norms).mean(0)
     return scores
@@ -70,29 +69,40 @@ def weight_scores(
 def channel_sums(tensor: Tensor, dim: int, power: int) -> Tensor:
     """Sum of |w|^power over every dimension but `dim`, `[length]`, float64, on the CPU.
 
-    At most 64 weights are added in the tensor's own precision, at least float32, and those sums in float64.
+    Sums of float32 weights are exact in float64 unless they differ by many orders of magnitude, so they do not depend
+    on the order of the weights, and a model that was put in order stays in order.
     """
     last = dim == tensor.dim() - 1
     matrix = tensor.flatten(0, -2) if last else tensor.movedim(dim, 0).flatten(1)
-    run = math.gcd(matrix.shape[0 if last else 1], _RUN)
-    rows = max(_PIECE_BYTES // (matrix.shape[1] * matrix.element_size()) // run, 1) * run
-    sums = []
-    for piece in torch.split(matrix, rows):
-        exact = piece if piece.dtype == torch.float64 else piece.float()
-        size = exact.abs() if power == 1 else exact.square()
-        columns = size.shape[1]
-        runs = size.reshape(-1, run, columns).sum(1) if last else size.reshape(-1, columns // run, run).sum(2)
-        sums.append(runs.double().sum(0 if last else 1))
+    rows = max(1, _PIECE_BYTES // (matrix.shape[1] * matrix.element_size()))
+    pieces = (piece.to(torch.float64, copy=True) for piece in torch.split(matrix, rows))
+    sums = [(piece.abs_() if power == 1 else piece.square_()).sum(0 if last else 1) for piece in pieces]
     return (torch.stack(sums).sum(0) if last else torch.cat(sums)).cpu()
 
 
-def _check_finite(name: str, sums: Tensor) -> None:
-    if not bool(sums.isfinite().all()):
-        channel = int((~sums.isfinite()).nonzero()[0])
-        raise NonFiniteWeightsError(
-            f"Parameter {name} holds NaN or infinity at channel {channel}; finite weights are needed to rank "
-            "channels. Reload the checkpoint, or repair the weight."
-        )
+def check_finite(tensors: Mapping[str, Tensor], seen: Collection[str] = ()) -> None:
+    """Refuse weights that are NaN or infinite.
+
+    Args:
+        tensors: Weights by name.
+        seen: Names of those that are known to be finite.
+
+    Raises:
+        NonFiniteWeightsError: A weight is NaN or infinite.
+    """
+    for name, tensor in tensors.items():
+        # A sum is cheap and finite unless a weight is not, or all are huge.
+        if name not in seen and not bool(tensor.sum().isfinite()):
+            finite = tensor.isfinite().flatten()
+            if not bool(finite.all()):
+                raise _not_finite(name, int((~finite).nonzero()[0]))
+
+
+def _not_finite(name: str, place: int) -> NonFiniteWeightsError:
+    return NonFiniteWeightsError(
+        f"Parameter {name} holds NaN or infinity, first at {place}; finite weights are needed to rank channels. "
+        "Reload the checkpoint, or repair the weight."
+    )
 
 
 def _random_scores(group: ChannelGroup, seed: int) -> Tensor:

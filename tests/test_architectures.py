@@ -267,15 +267,16 @@ def test_hidden_of_a_model_without_head_is_refused(name, head):
     assert [refusal.reason for refusal in refusals] == [HEADLESS_REASON]
 
 
-@pytest.mark.xfail(strict=True, reason="a model that keeps its base in itself is taken for one without a head")
 @pytest.mark.parametrize("name", ["t5", "t5-gated"])
 def test_hidden_of_t5_for_question_answering(name):
     assert "hidden" in legal_axes(build_model(name, "question-answering"))
 
 
 @pytest.mark.parametrize("name", ["vit", "deit"])
-def test_hidden_of_masked_image_modelling_is_refused_by_name(name):
-    refusals = channel_groups(build_model(name, "masked-image")).refused
+def test_hidden_of_masked_image_modelling(name):
+    assert "hidden" in legal_axes(build_model(name, "masked-image"))
+    # As many outputs as inputs: which of them are the stream cannot be told from shapes.
+    refusals = channel_groups(build_model(name, "masked-image", hidden_size=48)).refused
     assert [(refusal.axis, refusal.where) for refusal in refusals] == [("hidden", "decoder.*")]
 
 
@@ -298,7 +299,6 @@ def test_a_module_with_an_unexplained_parameter_is_refused(where, axes):
     assert {group.axis for group in groups if group.layer == 1} == set(AXES) - {"hidden"}
 
 
-@pytest.mark.xfail(strict=True, reason="parameters of a projection beside weight and bias are taken as explained")
 @pytest.mark.parametrize(
     ("where", "axis"),
     [("layers.0.attention.q_proj", "qk"), ("layers.0.attention.v_proj", "vo"), ("layers.0.mlp.fc1", "ffn")],
@@ -310,7 +310,6 @@ def test_a_projection_with_an_unexplained_parameter_is_refused(where, axis):
     assert axis not in {group.axis for group in channel_groups(model) if group.layer == 0}
 
 
-@pytest.mark.xfail(strict=True, raises=KeyError, reason="the weight of a parametrized projection is no parameter")
 @pytest.mark.parametrize("kind", ["weight_norm", "pruned"])
 def test_a_parametrized_projection_is_refused(kind):
     from torch.nn.utils import parametrizations, prune

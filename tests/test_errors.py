@@ -90,7 +90,6 @@ def test_model_whose_groups_are_all_refused():
     [
         ("llama", None, "qk", "rotary position embedding"),
         ("bert", "base", "hidden", "the model has no head"),
-        ("vit", "masked-image", "hidden", "decoder.*"),
     ],
 )
 def test_axis_that_is_not_legal(name, head, axis, reason):
@@ -122,7 +121,6 @@ def test_quantized_model(flag):
     refused(UnsupportedModelError, model, "ViTForImageClassification holds quantized weights", "quantize the result")
 
 
-@pytest.mark.xfail(strict=True, reason="float8 counts as a floating-point dtype")
 @pytest.mark.parametrize("verify", [True, False])
 def test_weights_in_eight_bits(verify):
     model = build_model("vit")
@@ -169,7 +167,6 @@ def test_non_finite_weights(where, metric, value):
     assert "Reload the checkpoint, or repair the weight" in message
 
 
-@pytest.mark.xfail(strict=True, reason="only what is scored or shows in the proof's outputs is looked at")
 @pytest.mark.parametrize(
     "config",
     [SPPConfig(), SPPConfig(verify=False), SPPConfig(metric="random"), SPPConfig(metric="random", verify=False)],
@@ -208,7 +205,6 @@ def test_orders_of_another_model():
         assert same_bits(other, before)
 
 
-@pytest.mark.xfail(strict=True, reason="names and shapes are compared, the model type is not")
 @pytest.mark.parametrize(("one", "other"), [("bert", "roberta"), ("vit", "deit"), ("llama", "mistral")])
 def test_orders_of_another_model_type_of_the_same_shape(one, other):
     reordering, model = apply_spp(build_model(one, "base")), build_model(other, "base")
@@ -289,16 +285,12 @@ def test_example_inputs_that_do_not_run(inputs, part):
     )  # fmt: skip
 
 
-@pytest.mark.xfail(strict=True, reason="what is no mapping is not looked at before it is used")
 @pytest.mark.parametrize("inputs", [5, torch.ones(1, 3, 12, 12), [torch.ones(1)]], ids=["number", "tensor", "list"])
 def test_example_inputs_that_are_no_dict(inputs):
     with pytest.raises(ExampleInputsError, match=rf"a {type(inputs).__name__}.* dict"):
         apply_spp(build_model("vit"), example_inputs=inputs)
 
 
-@pytest.mark.xfail(
-    strict=True, raises=(AttributeError, TypeError), reason="what is no SPPConfig is not looked at before it is used"
-)
 @pytest.mark.parametrize("config", ["l1", {"metric": "l1"}, SPPConfig], ids=["text", "dict", "class"])
 def test_config_that_is_none(config):
     with pytest.raises(SPPConfigError, match="SPPConfig"):
@@ -359,7 +351,6 @@ def test_tolerance_is_what_the_user_says():
     assert apply_spp(model, SPPConfig(axes=legal_axes(model), metric="random", tolerance=1e-4)).tolerance == 1e-4
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="the message lists the last parts of group names")
 def test_message_of_a_failing_proof_names_axes():
     """Not names of groups: with grouped-query attention one of those is called query_heads."""
     with pytest.raises(EqualFunctionError, match=r"one of [a-z_, ]*\bheads\b") as caught:
@@ -442,7 +433,6 @@ def test_crash_while_the_model_runs_again(monkeypatch):
     assert same_bits(model, before)
 
 
-@pytest.mark.xfail(strict=True, reason="between the proof and the return the orders exist nowhere but in the frame")
 @pytest.mark.parametrize("where", ["default_tolerance", "_remember", "_versions", "Reordering"])
 def test_crash_before_the_orders_are_returned(where, monkeypatch):
     model = build_model("vit")

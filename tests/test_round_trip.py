@@ -314,10 +314,7 @@ def share_parameters(model):
             setattr(twin, name, parameter)
 
 
-TWICE = pytest.mark.xfail(strict=True, reason="each name of a shared layer is ordered, one after the other")
-
-
-@pytest.mark.parametrize("share", [share_module, pytest.param(share_parameters, marks=TWICE)])
+@pytest.mark.parametrize("share", [share_module, share_parameters])
 def test_shared_layers_are_ordered_once(share):
     model = build_model("vit", dtype=torch.float64)
     share(model)

@@ -1,5 +1,7 @@
 """Scores from weights alone, computed a second time here from the definitions."""
 
+import copy
+
 import pytest
 import torch
 from conftest import ARCHITECTURES, build_model, legal_axes, same_bits, weights_of
@@ -108,7 +110,7 @@ def test_pruning_rank_needs_rows_that_may_move():
 
 @pytest.mark.parametrize(("metric", "power"), [("l1", 1), ("l2", 2)])
 def test_norms_of_vit_by_hand(metric, power):
-    model = build_model("vit")
+    model = build_model("vit", dtype=torch.float64)
     layer = model.vit.layers[0]
     q, k, v, o, up, down = (
         module.weight.detach().double().abs() ** power
@@ -132,7 +134,7 @@ def test_norms_of_vit_by_hand(metric, power):
 
 def test_norms_of_grouped_query_attention_by_hand():
     """A key-value head counts with all of its query heads; a value row with a column of each of them."""
-    model = build_model("llama")
+    model = build_model("llama", dtype=torch.float64)
     attention = model.model.layers[0].self_attn
     q, k, v, o = (getattr(attention, f"{x}_proj").weight.detach().double().abs() for x in "qkvo")
     scores = weight_scores(channel_groups(model), named_tensors(model), "l1")
@@ -144,7 +146,7 @@ def test_norms_of_grouped_query_attention_by_hand():
 
 
 def test_norms_of_fused_projections_by_hand():
-    model = build_model("gpt2")
+    model = build_model("gpt2", dtype=torch.float64)
     fused = model.transformer.h[0].attn.c_attn.weight.detach().double().abs().sum(0).view(3, 3, 8)
     output = model.transformer.h[0].attn.c_proj.weight.detach().double().abs().sum(1).view(3, 8)
     scores = weight_scores(channel_groups(model), named_tensors(model), "l1")
@@ -176,16 +178,21 @@ def test_scores_follow_the_channels(name):
         torch.testing.assert_close(again.scores[group.name], rows[blocks])
 
 
-@pytest.mark.parametrize("dim", [0, 1, 2])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(7, 5, 6), (4, 130), (130, 4), (64, 128), (1, 9), (9, 1)], ids=str)
 @pytest.mark.parametrize("piece", [1, 100, 1 << 20])
-def test_sums_do_not_depend_on_the_piece(dim, piece, monkeypatch):
+def test_sums_do_not_depend_on_the_piece(shape, dtype, piece, monkeypatch):
     monkeypatch.setattr("hf_spp.saliency._PIECE_BYTES", piece)
-    tensor = torch.randn(7, 5, 6, generator=torch.Generator().manual_seed(0))
-    before = tensor.clone()
-    rest = [axis for axis in range(3) if axis != dim]
-    assert channel_sums(tensor, dim, 1).allclose(tensor.double().abs().sum(rest), rtol=1e-14)
-    assert channel_sums(tensor, dim, 2).allclose(tensor.double().square().sum(rest), rtol=1e-14)
-    assert channel_sums(tensor[:, :3], 1, 1).allclose(tensor[:, :3].double().abs().sum((0, 2)), rtol=1e-14)
+    tensor = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    before, exact = tensor.clone(), tensor.double()
+    rounding = 1e-14 if dtype == torch.float64 else 1e-6
+    for dim in range(tensor.dim()):
+        rest = [axis for axis in range(tensor.dim()) if axis != dim]
+        assert channel_sums(tensor, dim, 1).allclose(exact.abs().sum(rest), rtol=rounding, atol=0)
+        assert channel_sums(tensor, dim, 2).allclose(exact.square().sum(rest), rtol=rounding, atol=0)
+        assert channel_sums(tensor.mT, dim - 1, 1).shape == (tensor.mT.shape[dim - 1],)
+    narrow = tensor.narrow(0, 0, len(tensor) - len(tensor) // 2)
+    assert channel_sums(narrow, 0, 1).allclose(channel_sums(tensor, 0, 1)[: len(narrow)], rtol=rounding, atol=0)
     assert tensor.equal(before)
 
 
@@ -203,7 +210,7 @@ def test_sums_of_double_precision_leave_the_weights_alone():
 def test_non_finite_weight_is_named(metric, value):
     model = build_model("bert")
     model.bert.encoder.layer[1].output.dense.weight.data[3, 5] = value
-    message = r"encoder\.layer\.1\.output\.dense\.weight holds NaN or infinity at channel 5"
+    message = r"encoder\.layer\.1\.output\.dense\.weight holds NaN or infinity"
     with pytest.raises(NonFiniteWeightsError, match=message):
         weight_scores(channel_groups(model).select(("ffn",)), named_tensors(model), metric)
 
@@ -214,6 +221,27 @@ def test_non_finite_weight_is_named(metric, value):
 def test_equal_scores_keep_their_order():
     scores = torch.tensor([[1.0, 3.0, 1.0, 3.0, 2.0, 1.0], [0.0, 0.0, 0.0, 0.0, 0.0, -0.0]])
     assert salient_order(scores).tolist() == [[1, 3, 4, 0, 2, 5], [0, 1, 2, 3, 4, 5]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_channels_with_the_same_weights_in_another_order_tie(dtype):
+    """So that a norm says nothing about the order of the channels that it sums over, which other axes move."""
+    generator = torch.Generator().manual_seed(0)
+    row = torch.randn(512, generator=generator)
+    matrix = torch.stack([row[torch.randperm(512, generator=generator)] for _ in range(6)]).to(dtype)
+    if dtype == torch.float64:
+        matrix = (matrix * 2**20).round() / 2**20
+    assert len(channel_sums(matrix, 0, 1).unique()) == 1
+    assert len(channel_sums(matrix.t().contiguous(), 1, 1).unique()) == 1
+
+
+@pytest.mark.parametrize("name", ["vit", "llama", "gpt2"])
+def test_order_of_an_axis_does_not_depend_on_the_other_axes(name):
+    model = build_model(name)
+    expected = apply_spp(copy.deepcopy(model), SPPConfig(axes=("ffn",), metric="l1")).orders
+    apply_spp(model, SPPConfig(axes=("hidden",), metric="random"))
+    found = apply_spp(model, SPPConfig(axes=("ffn",), metric="l1")).orders
+    assert all(found[key].equal(order) for key, order in expected.items())
 
 
 def test_constant_model_stays_as_it_is():
