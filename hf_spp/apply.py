@@ -43,6 +43,18 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {**tensors, **dict(model.named_buffers())}
 
 
+def gather_model(model: nn.Module, indices: Indices) -> None:
+    """Move channels of a model's parameters and buffers in place, and of gradients that lie beside them.
+
+    Args:
+        model: The model to write to.
+        indices: Gather index of each moved dimension, by tensor name and dimension.
+    """
+    gradients = {f"{name}.grad": p.grad for name, p in model.named_parameters() if p.grad is not None}
+    moves = {**indices, **{f"{name}.grad": dims for name, dims in indices.items() if f"{name}.grad" in gradients}}
+    gather_tensors({**named_tensors(model), **gradients}, moves)
+
+
 def _invert(dims: Mapping[int, Tensor]) -> dict[int, Tensor]:
     return {dim: index.argsort() for dim, index in dims.items()}
 

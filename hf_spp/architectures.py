@@ -65,7 +65,8 @@ HEAD_NORMS = ("q_norm.weight", "k_norm.weight")
 HEAD_DIM_ATTRIBUTES = ("head_dim", "attention_head_size", "key_value_proj_dim")
 # Linear layers of a head whose outputs are the model's, so no stream even where they are as many as its channels.
 OUTPUT_LAYERS = (
-    "classifier", "cls_classifier", "distillation_classifier", "score", "qa_outputs", "out_proj", "decoder", "lm_head"
+    "classifier", "cls_classifier", "distillation_classifier", "score", "qa_outputs", "out_proj", "decoder", "lm_head",
+    "vocab_projector",
 )  # fmt: skip
 # Linear layers that read several copies of the residual stream side by side, by model type.
 CONCATENATED_READERS = {"dinov2": ("classifier",)}
@@ -235,11 +236,17 @@ class _Resolver:
         outputs, inputs = reversed(module.weight.shape) if transposed else module.weight.shape
         return _Projection(_join(path, relative), transposed, module.bias is not None, inputs, outputs)
 
-    def _projections(self, path: str, children: tuple[str, ...]) -> list[_Projection] | None:
+    def _projections(self, path: str, children: tuple[str, ...], axes: tuple[str, ...]) -> list[_Projection] | None:
+        """The projections named `children`, None if one is missing or, with a refusal, no plain linear layer."""
+        if self._child(path, children[0]) is None or any(self._child(path, child) is None for child in children):
+            return None
         found = []
         for child in children:
             projection = self._projection(path, child)
             if projection is None:
+                self._refuse(
+                    axes, path, f"{child} is a {type(self._child(path, child)).__name__}, no plain linear layer"
+                )
                 return None
             found.append(projection)
         return found
@@ -265,11 +272,11 @@ class _Resolver:
                     break
 
     def _match_attention(self, path: str, module: nn.Module, pattern: AttentionPattern) -> _Attention | None:
-        found = self._projections(path, (*pattern.projections, pattern.output))
+        axes = ("qk", "vo", "heads")
+        found = self._projections(path, (*pattern.projections, pattern.output), axes)
         if found is None:
             return None
         *projections, output = found
-        axes = ("qk", "vo", "heads")
         owner = self.modules[projections[0].module.rpartition(".")[0]]
         known = (*pattern.beside, *HEAD_TABLES, *HEAD_NORMS)
         if (extra := self._unexplained(path, (*pattern.projections, pattern.output), known)) is not None:
@@ -349,7 +356,7 @@ class _Resolver:
                     break
 
     def _match_feed_forward(self, path: str, pattern: FeedForwardPattern) -> _FeedForward | None:
-        found = self._projections(path, (*pattern.inner, pattern.output))
+        found = self._projections(path, (*pattern.inner, pattern.output), ("ffn",))
         if found is None:
             return None
         *inner, output = found
@@ -370,7 +377,8 @@ class _Resolver:
 
     def _hidden_group(self, attentions: list[_Attention], feed_forwards: list[_FeedForward]) -> ChannelGroup | None:
         config = self.model.config
-        if self.model.base_model is self.model and not any(map(_is_linear, self.model.children())):
+        heads = (child for name, child in self.model.named_children() if name in OUTPUT_LAYERS)
+        if self.model.base_model is self.model and not any(map(_is_linear, heads)):
             self._refuse(("hidden",), type(self.model).__name__, HEADLESS_REASON)
             return None
         if getattr(config, "add_cross_attention", False) and not config.is_encoder_decoder:
@@ -515,7 +523,9 @@ def _summarize(refused: list[Refusal]) -> tuple[Refusal, ...]:
     """One refusal for all layers that share it."""
     return tuple(
         dict.fromkeys(
-            Refusal(refusal.axis, re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", refusal.where), refusal.reason)
+            Refusal(
+                refusal.axis, *(re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", part) for part in (refusal.where, refusal.reason))
+            )
             for refusal in sorted(refused, key=lambda refusal: AXES.index(refusal.axis))
         )
     )

@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from .channels import ChannelGroup, Member
 from .errors import CalibrationError
-from .forward import evaluation_mode, output_tensors, run_model
+from .forward import evaluation_mode, fixed_rng, output_tensors, run_model
 
 Point = tuple[str, bool]
 """A watched module, and whether at its input."""
@@ -72,8 +72,8 @@ def calibrated_scores(
     if isinstance(batches, Sized):
         total = len(batches) if max_batches is None else min(len(batches), max_batches)
     count = 0
-    # A DataLoader draws the seed of its workers from the global generator.
-    with evaluation_mode(model), _hooks(model, points, watch), torch.random.fork_rng():
+    # A DataLoader draws the seed of its workers from the global generator, and some models draw in evaluation mode.
+    with evaluation_mode(model), _hooks(model, points, watch), fixed_rng(model, seed):
         for batch in logging.tqdm(
             islice(batches, max_batches), total=total, desc=f"Calibrating ({metric})", leave=False
         ):
@@ -159,13 +159,13 @@ def _token_mask(model: PreTrainedModel, batch: Mapping[str, Any]) -> Tensor | No
     mask = batch.get("attention_mask")
     if not isinstance(mask, Tensor) or mask.dim() != 2 or model.config.is_encoder_decoder:
         return None
-    return mask.bool().to(model.device)
+    return mask.bool()
 
 
 def _tokens(features: Tensor, mask: Tensor | None) -> Tensor:
     """Features of every token that is no padding, `[tokens, features]`."""
     if mask is not None and features.shape[:-1] == mask.shape:
-        return features[mask]
+        return features[mask.to(features.device)]
     return features.reshape(-1, features.shape[-1])
 
 
@@ -197,7 +197,7 @@ class _ActivationWatch(_Watch):
                 weight = model.get_parameter(member.tensor).detach()
                 matrix = weight.movedim(member.dim, 0).flatten(1)
                 energy = energy * torch.linalg.vector_norm(matrix, dim=1, dtype=torch.float64).cpu().square()
-            energies.append(member.view_channels(energy, group).sum(-1).sqrt())
+            energies.append(member.take_channels(energy, group).sum(-1).sqrt())
         stacked = torch.stack(energies)
         return stacked.mean(0) if _watched(group)[0].role == "consumer" else stacked.prod(0)
 
@@ -231,7 +231,7 @@ class _TaylorWatch(_Watch):
         for group in self.groups:
             watched = [(member, changes[_point(member)]) for member in _watched(group) if _point(member) in changes]
             if watched:
-                parts = [member.view_channels(one, group).sum(-1) for member, one in watched]
+                parts = [member.take_channels(one, group).sum(-1) for member, one in watched]
                 squares = torch.stack(parts).sum(0).square().sum(0)
                 self.squares[group.name] = self.squares.get(group.name, torch.zeros(())) + squares
         self.samples += max((gate.shape[0] for gate in changes.values()), default=0)

@@ -56,9 +56,9 @@ class Member:
         rest = [name for names in self.axes for name in names if name not in "bc"]
         return _arrange(tensor, self.pattern, " ".join(rest), group.blocks, group.size)
 
-    def view_channels(self, values: Tensor, group: "ChannelGroup") -> Tensor:
-        """View per-channel values of the moved dimension, `[..., length]`, as `[..., blocks, size, units]`."""
-        return _view_channels(values, self.axes[self.dim], self.span, group.blocks, group.size)
+    def take_channels(self, values: Tensor, group: "ChannelGroup") -> Tensor:
+        """Take per-channel values of the moved dimension, `[..., length]`, as `[..., blocks, size, units]`."""
+        return values[..., self.positions(values.shape[-1], group)]
 
     def positions(self, length: int, group: "ChannelGroup") -> Tensor:
         """Where each channel lies along the moved dimension of the given length: `[blocks, size, units]`, int64."""
@@ -146,25 +146,18 @@ class ChannelMap:
         )
 
 
-def _view_channels(
-    values: Tensor, names: tuple[str, ...], span: tuple[int, int] | None, blocks: int, size: int
-) -> Tensor:
-    if span is not None:
-        values = values[..., span[0] : span[1]]
-    units = " ".join(name for name in names if name not in "bc")
-    return _arrange(values, f"... ({' '.join(names)})", f"({units})", blocks, size, lead="... ")
-
-
 # Layers of one shape share these, and a model has few shapes.
 @lru_cache(maxsize=256)
 def _positions(names: tuple[str, ...], span: tuple[int, int] | None, length: int, blocks: int, size: int) -> Tensor:
-    return _view_channels(torch.arange(length), names, span, blocks, size)
+    places = torch.arange(length) if span is None else torch.arange(*span)
+    units = " ".join(name for name in names if name not in "bc")
+    return _arrange(places, f"({' '.join(names)})", f"({units})", blocks, size)
 
 
-def _arrange(tensor: Tensor, pattern: str, rest: str, blocks: int, size: int, lead: str = "") -> Tensor:
+def _arrange(tensor: Tensor, pattern: str, rest: str, blocks: int, size: int) -> Tensor:
     sizes = {name: count for name, count in (("b", blocks), ("c", size)) if name in _names(pattern)}
     block = "b" if "b" in sizes else "1"
-    view: Tensor = rearrange(tensor, f"{pattern} -> {lead}{block} c {rest}", **sizes)
+    view: Tensor = rearrange(tensor, f"{pattern} -> {block} c {rest}", **sizes)
     return view
 
 

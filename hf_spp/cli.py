@@ -194,8 +194,8 @@ def reorder(
         typer.Option(help="Some of qk, vo, heads, ffn, hidden; all legal ones but hidden if not given."),
     ] = None,
     dtype: Annotated[
-        str, typer.Option(help="Weights are reordered and written in it: float32, bfloat16, …, or auto.")
-    ] = "float32",
+        str, typer.Option(help="Weights are reordered and written in it: float32, …; auto keeps the checkpoint's.")
+    ] = "auto",
     seed: Annotated[int, typer.Option(help="Seed of the metric random and of the proof's inputs.", min=0)] = 0,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not prove that the function is equal.")] = False,
     overwrite: Overwrite = False,

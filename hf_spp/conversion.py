@@ -23,7 +23,7 @@ from .reordering import ORDERS_NAME, Reordering, apply_spp
 from .saliency import weight_scores
 
 
-def load_original(source: str | os.PathLike[str], dtype: str = "float32") -> PreTrainedModel:
+def load_original(source: str | os.PathLike[str], dtype: str = "auto") -> PreTrainedModel:
     """Load a pretrained model with its channels in the original order; an earlier reordering is undone.
 
     Args:

@@ -25,6 +25,15 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+@contextmanager
+def fixed_rng(model: nn.Module, seed: int) -> Iterator[None]:
+    """Run the block on the same random numbers every time; the global generators come back afterwards."""
+    devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
+    with torch.random.fork_rng(devices=list(devices)):
+        torch.manual_seed(seed)
+        yield
+
+
 def accepted_arguments(model: nn.Module) -> tuple[str, ...]:
     """Names of the arguments that the model's forward takes."""
     return tuple(inspect.signature(type(model).forward).parameters)

@@ -76,7 +76,7 @@ def load_config(source: str | os.PathLike[str]) -> PreTrainedConfig:
     return config
 
 
-def load_model(source: str | os.PathLike[str], dtype: str = "float32") -> PreTrainedModel:
+def load_model(source: str | os.PathLike[str], dtype: str = "auto") -> PreTrainedModel:
     """Load a pretrained model as the class that its config names.
 
     Weights that the class does not use, or that the checkpoint lacks, are named in a warning. Only safetensors are

@@ -46,7 +46,7 @@ def check_orders(groups: Iterable[ChannelGroup], orders: Orders) -> None:
     """Check that orders fit the groups of a model and are permutations.
 
     Raises:
-        OrdersError: A group has no order or an order no group, a shape differs, or an order is no permutation.
+        OrdersError: An order has no group here, a shape differs, or an order is no permutation.
     """
     by_name = {group.name: group for group in groups}
     for name in orders:

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .errors import ExampleInputsError
-from .forward import Float64Throughout, accepted_arguments, evaluation_mode, output_tensors, run_model
+from .forward import Float64Throughout, accepted_arguments, evaluation_mode, fixed_rng, output_tensors, run_model
 from .saliency import check_finite
 
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 8e-2}
@@ -48,6 +48,7 @@ class Witness:
     """
 
     def __init__(self, model: PreTrainedModel, inputs: Mapping[str, Any] | None = None, seed: int = 0) -> None:
+        self.seed = seed
         self.inputs, self.before = _first_that_runs(model, inputs, seed)
         if not all(bool(value.isfinite().all()) for value in self.before.values()):
             check_finite(dict(model.named_parameters()))
@@ -64,7 +65,10 @@ class Witness:
             hidden_order: If the residual stream was reordered, its order `[hidden]`; outputs that are hidden states
                 are compared in that order.
         """
-        after = _outputs(model, self.inputs)
+        after = _outputs(model, self.inputs, self.seed)
+        # Where hidden states are all that comes out, their order is part of the function.
+        if all("hidden_state" in name for name in self.before):
+            hidden_order = None
         worst, relative, scale = 0.0, 0.0, 0.0
         for name, expected in self.before.items():
             if hidden_order is not None and "hidden_state" in name:
@@ -94,7 +98,7 @@ def _first_that_runs(
     failure: Exception | None = None
     for candidate in [inputs] if inputs is not None else _candidates(model, seed):
         try:
-            outputs = _outputs(model, candidate)
+            outputs = _outputs(model, candidate, seed)
         except Exception as error:  # whatever a forward raises only means that these inputs do not suit it
             failure = error
             continue
@@ -114,9 +118,9 @@ def _first_that_runs(
 
 
 @torch.no_grad()
-def _outputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+def _outputs(model: PreTrainedModel, inputs: Mapping[str, Any], seed: int) -> dict[str, Tensor]:
     exact = Float64Throughout() if default_tolerance(model) == TOLERANCES[torch.float64] else nullcontext()
-    with evaluation_mode(model), exact:
+    with evaluation_mode(model), fixed_rng(model, seed), exact:
         found = output_tensors(run_model(model, inputs))
     return {name: value.double() if value.dtype == torch.float64 else value.float() for name, value in found.items()}
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from . import checkpoint, hub
-from .apply import gather_tensors, invert_indices, named_tensors
+from .apply import gather_model, invert_indices, named_tensors
 from .architectures import channel_groups
 from .calibration import calibrated_scores
 from .channels import ChannelMap, Refusal
@@ -121,11 +121,11 @@ class Reordering:
                 f"This {type(model).__name__} is {state}, so this reordering cannot be undone on it. "
                 "Undo the last reordering first, or load the reordered checkpoint again."
             )
-        gather_tensors(named_tensors(model), invert_indices(self._indices(model)))
+        gather_model(model, invert_indices(self._indices(model)))
         _remember(model, () if history is None else history[:-1])
 
     def apply(self, model: PreTrainedModel) -> None:
-        """Reorder another copy of the original model the same way, in place.
+        """Reorder another copy of the model that this reordering started from, in place.
 
         Args:
             model: A model in its original order, for example a fresh download, with or without another head.
@@ -138,7 +138,7 @@ class Reordering:
             raise OrdersError(
                 f"This {type(model).__name__} is already in the order of this reordering. Apply it to the original."
             )
-        gather_tensors(named_tensors(model), self._indices(model))
+        gather_model(model, self._indices(model))
         _remember(model, (*history, self.digest))
 
     def _indices(self, model: PreTrainedModel) -> dict[str, dict[int, Tensor]]:
@@ -282,6 +282,7 @@ class Reordering:
         cls, orders: Mapping[str, Tensor], scores: Mapping[str, Tensor], stored: Mapping[str, Any]
     ) -> "Reordering":
         summary, groups, proof = stored["summary"], stored["groups"], None
+        _check_summary(summary, groups, scores)
         try:
             if summary["verified"]:
                 proof = Proof(summary["max_abs_diff"], summary["relative_diff"], summary["output_scale"])
@@ -349,7 +350,7 @@ def apply_spp(
     tensors = named_tensors(model)
     indices = gather_indices(groups, orders, {name: tensor.shape for name, tensor in tensors.items()})
     history = getattr(model, _HISTORY, ())
-    gather_tensors(tensors, indices)
+    gather_model(model, indices)
     try:
         tolerance = None if witness is None else config.tolerance or default_tolerance(model)
         proof = None if witness is None else _prove(model, witness, orders, config, tolerance or 0.0)
@@ -369,7 +370,7 @@ def apply_spp(
         )
         _remember(model, (*history, reordering.digest))
     except BaseException:
-        gather_tensors(tensors, invert_indices(indices))
+        gather_model(model, invert_indices(indices))
         raise
     if not reordering.changed:
         logger.warning(f"{type(model).__name__} was already in this order; no channel moved.")
@@ -472,9 +473,9 @@ def _seal(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     """SHA-256 over every tensor and all other metadata of an orders file."""
     total = hashlib.sha256()
     for name in sorted(tensors):
-        tensor = tensors[name].contiguous()
-        total.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        total.update(tensor.view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+        tensor = tensors[name].reshape(-1)
+        total.update(f"{name} {tensor.dtype} {list(tensors[name].shape)}\n".encode())
+        total.update(tensor.view(torch.uint8).numpy().tobytes())
     for key in sorted(metadata):
         if key != "sha256":
             total.update(f"{key}={metadata[key]}\n".encode())
@@ -495,6 +496,28 @@ def _parse_metadata(metadata: Mapping[str, str]) -> dict[str, Any]:
         if not isinstance(value, dict):
             raise CheckpointError(f"The metadata {key!r} of {ORDERS_NAME} is no JSON object. Save it again.")
     return stored
+
+
+def _check_summary(summary: Mapping[str, Any], groups: Mapping[str, Any], scores: Mapping[str, Tensor]) -> None:
+    """Check the types of what an orders file says besides its orders."""
+    figures = ("max_abs_diff", "relative_diff", "output_scale", "tolerance")
+    numbers = [summary.get(name) for name in figures] if summary.get("verified") else []
+    texts = [summary.get(name) for name in ("model_type", "model_class", "dtype")]
+    refused, versions = summary.get("refused"), summary.get("versions")
+    sound = (
+        all(isinstance(value, (int, float)) for value in numbers)
+        and isinstance(versions, dict)
+        and isinstance(refused, list)
+        and all(isinstance(one, dict) for one in refused)
+        and all(isinstance(t, str) for t in (*texts, *versions.values(), *(v for one in refused for v in one.values())))
+        and all(isinstance(value, list) and len(value) == 2 for value in groups.values())
+        and all(axis in AXES and (layer is None or isinstance(layer, int)) for axis, layer in groups.values())
+        and all(one.dtype == torch.float32 and bool(one.isfinite().all()) for one in scores.values())
+    )
+    if not sound:
+        raise CheckpointError(
+            f"Scores or metadata of {ORDERS_NAME} are of another type than hf_spp writes. Save it again."
+        )
 
 
 def _check_permutation(name: str, order: Tensor) -> None:

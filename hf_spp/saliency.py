@@ -61,7 +61,7 @@ def weight_scores(
                 sums[key] = channel_sums(tensors[member.tensor], member.dim, power)
                 if not bool(sums[key].isfinite().all()):
                     check_finite({member.tensor: tensors[member.tensor]})
-            norms.append(member.view_channels(sums[key], group).sum(-1) ** (1 / power))
+            norms.append(member.take_channels(sums[key], group).sum(-1) ** (1 / power))
         scores[group.name] = torch.stack(norms).mean(0)
     return scores
 

@@ -272,6 +272,20 @@ def test_hidden_of_t5_for_question_answering(name):
     assert "hidden" in legal_axes(build_model(name, "question-answering"))
 
 
+def test_hidden_of_a_base_model_with_a_linear_child():
+    """ELECTRA projects its embeddings; its output is the residual stream all the same."""
+    config = transformers.ElectraConfig(
+        vocab_size=40,
+        embedding_size=16,
+        hidden_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=3,
+        intermediate_size=20,
+    )
+    assert "hidden" in channel_groups(transformers.ElectraForMaskedLM(config)).axes
+    assert "hidden" not in channel_groups(transformers.ElectraModel(config)).axes
+
+
 @pytest.mark.parametrize("name", ["vit", "deit"])
 def test_hidden_of_masked_image_modelling(name):
     assert "hidden" in legal_axes(build_model(name, "masked-image"))
@@ -293,7 +307,7 @@ def test_a_module_with_an_unexplained_parameter_is_refused(where, axes):
     model.get_submodule(where).register_parameter("scale", nn.Parameter(torch.ones(8)))
     groups = channel_groups(model)
     refused = {refusal.axis: refusal.reason for refusal in groups.refused if refusal.axis != "hidden"}
-    name = f"{where.removeprefix('vit.')}.scale"
+    name = f"{where.removeprefix('vit.').replace('.0.', '.*.')}.scale"
     assert refused == dict.fromkeys(axes, f"parameter {name} is not understood")
     assert {group.axis for group in groups if group.layer == 0} == set(AXES) - axes - {"hidden"}
     assert {group.axis for group in groups if group.layer == 1} == set(AXES) - {"hidden"}
@@ -324,6 +338,37 @@ def test_a_parametrized_projection_is_refused(kind):
     except SPPError:
         return
     assert "ffn" not in axes
+
+
+class Wrapped(nn.Module):
+    """A projection inside another module, as adapters put it."""
+
+    def __init__(self, base_layer):
+        super().__init__()
+        self.base_layer = base_layer
+
+    def forward(self, features):
+        return self.base_layer(features)
+
+
+@pytest.mark.parametrize(
+    ("parent", "child", "axes"),
+    [
+        ("attention", "q_proj", {"qk", "vo", "heads"}),
+        ("attention", "o_proj", {"qk", "vo", "heads"}),
+        ("mlp", "fc2", {"ffn"}),
+    ],
+)
+def test_a_wrapped_projection_is_refused_and_not_overlooked(parent, child, axes):
+    """Otherwise a model with adapters is reordered in part, and nobody is told."""
+    model = build_model("vit", "base")
+    for layer in model.layers:
+        module = getattr(layer, parent)
+        setattr(module, child, Wrapped(getattr(module, child)))
+    groups = channel_groups(model)
+    assert set(groups.axes).isdisjoint(axes)
+    refused = {refusal.axis for refusal in groups.refused if refusal.where.startswith(f"layers.*.{parent}")}
+    assert refused == axes
 
 
 @pytest.mark.parametrize(

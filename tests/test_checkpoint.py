@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 
 from hf_spp import CheckpointError, HubError, OrdersError, Reordering, SPPConfig, SPPError, apply_spp, checkpoint
 from hf_spp.config import FORMAT_VERSION
-from hf_spp.reordering import ORDERS_NAME
+from hf_spp.reordering import ORDERS_NAME, _seal
 
 ORDER, SCORE = "orders.layers.0.mlp.ffn", "scores.layers.0.mlp.ffn"
 
@@ -411,6 +411,31 @@ def test_metadata_with_values_of_another_type(key, change):
     _, metadata = checkpoint.unpack_tensors(apply_spp(build_model("vit")).to_bytes(), ORDERS_NAME)
     with pytest.raises(CheckpointError, match=ORDERS_NAME):
         Reordering.from_bytes(altered(**{key: json.dumps(change(json.loads(metadata[key])))}))
+
+
+@pytest.mark.parametrize(
+    ("key", "change"),
+    [
+        ("groups", lambda groups: dict.fromkeys(groups, "ab")),
+        ("groups", lambda groups: {name: ["neck", 0] for name in groups}),
+        ("groups", lambda groups: {name: ["ffn", "first"] for name in groups}),
+        ("summary", lambda summary: {**summary, "model_type": 5}),
+        ("summary", lambda summary: {**summary, "tolerance": "small"}),
+        ("summary", lambda summary: {**summary, "max_abs_diff": "none"}),
+        ("summary", lambda summary: {**summary, "versions": 3}),
+    ],
+)
+def test_values_of_another_type_under_a_good_checksum(key, change):
+    """Files come from the Hub, and whoever writes one can compute a checksum."""
+    tensors, metadata = checkpoint.unpack_tensors(apply_spp(build_model("vit")).to_bytes(), ORDERS_NAME)
+    metadata[key] = json.dumps(change(json.loads(metadata[key])))
+    with pytest.raises(CheckpointError, match=ORDERS_NAME):
+        Reordering.from_bytes(checkpoint.pack_tensors(tensors, {**metadata, "sha256": _seal(tensors, metadata)}))
+
+
+def test_stored_scalar():
+    with pytest.raises(CheckpointError):
+        Reordering.from_bytes(altered(lambda tensors: tensors.update(extra=torch.tensor(1.0))))
 
 
 def test_file_of_another_kind():

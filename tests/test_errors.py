@@ -29,6 +29,7 @@ from hf_spp import (
 )
 from hf_spp import apply as writing
 from hf_spp import reordering as reordering_module
+from hf_spp.proof import Witness
 
 NAN, INF = float("nan"), float("inf")
 ERRORS = [one for _, one in inspect.getmembers(errors, inspect.isclass) if issubclass(one, SPPError)]
@@ -378,8 +379,9 @@ def test_crash_between_tensors(crash_at, error, monkeypatch):
     assert not hasattr(model, "_spp_history")
 
 
-@pytest.mark.parametrize("crash_at", [0, 1, 5, 20])
-def test_crash_inside_a_tensor(crash_at, monkeypatch):
+@pytest.mark.parametrize("crash_at", [0, 1, 4, 5, 6, 11])
+@pytest.mark.parametrize("axes", [("ffn",), ("qk", "vo", "heads", "ffn", "hidden")], ids=["ffn", "all"])
+def test_crash_inside_a_tensor(axes, crash_at, monkeypatch):
     """Columns are gathered some rows at a time, and copies may run out of memory."""
     monkeypatch.setattr(writing, "_PIECE_BYTES", 400)
     model = build_model("bert")
@@ -393,8 +395,18 @@ def test_crash_inside_a_tensor(crash_at, monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "copy_", crash)
     with pytest.raises(MemoryError):
-        apply_spp(model, SPPConfig(axes=legal_axes(model), metric="random"))
+        apply_spp(model, SPPConfig(axes=axes, metric="random"))
     assert same_bits(model, before)
+
+
+@pytest.mark.parametrize("value", [NAN, INF])
+def test_outputs_that_are_not_finite_afterwards_fail_every_tolerance(value):
+    """Comparisons with NaN are false, so one must not decide whether the outputs are equal."""
+    model = build_model("vit")
+    witness = Witness(model)
+    assert witness.compare(model).relative_diff == 0
+    model.classifier.bias.data[0] = value
+    assert witness.compare(model).relative_diff == witness.compare(model).max_abs_diff == INF
 
 
 @pytest.mark.parametrize("verb", ["undo", "apply"])

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 from conftest import (
     ARCHITECTURES,
     ROTARY,
@@ -147,13 +148,37 @@ def test_hidden_with_cross_attention_to_an_outside_encoder(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "changes"), [("vit", {"num_labels": 24}), ("bert", {"vocab_size": 24}), ("qwen2", {"vocab_size": 24})]
+    ("name", "changes"),
+    [
+        ("vit", {"num_labels": 24}),
+        ("bert", {"vocab_size": 24}),
+        ("roberta", {"vocab_size": 24}),
+        ("gpt2", {"vocab_size": 24}),
+        ("qwen2", {"vocab_size": 24}),
+        ("distilbert", {"vocab_size": 24}),
+    ],
 )
 def test_as_many_outputs_as_hidden_channels(name, changes):
     model = build_model(name, dtype=torch.float64, **changes)
     inputs = {name: value % 24 if name == "input_ids" else value for name, value in build_inputs(model).items()}
     inputs.pop("labels")
     assert_equal_function(model, SPPConfig(axes=("hidden",), metric="random"), inputs=inputs)
+
+
+class Noisy(transformers.ViTForImageClassification):
+    """A model that draws random numbers in its forward also in evaluation mode, as masked autoencoders do."""
+
+    def forward(self, pixel_values=None, **inputs):
+        return super().forward(pixel_values=pixel_values + torch.randn_like(pixel_values), **inputs)
+
+
+def test_forward_that_draws_random_numbers():
+    model = build_model("vit")
+    model.__class__ = Noisy
+    state = torch.get_rng_state()
+    reordering = apply_spp(model, SPPConfig(metric="random"))
+    assert reordering.relative_diff <= 1e-5
+    assert torch.get_rng_state().equal(state)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -487,3 +487,20 @@ def test_named_tensors_write_through():
     tensors = named_tensors(model)
     tensors["transformer.wte.weight"].zero_()
     assert not model.lm_head.weight.any()
+
+
+def test_gradients_move_with_their_weights():
+    model = build_model("bert", "sequence-classification", torch.float64)
+    inputs = build_inputs(model)
+    model(**inputs).loss.backward()
+    before = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    reordering = apply_spp(model, SPPConfig(axes=legal_axes(model)))
+    moved = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    model(**inputs).loss.backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(moved[name], parameter.grad, rtol=1e-9, atol=1e-12)
+    assert any(not moved[name].equal(before[name]) for name in before)
+    model.zero_grad()
+    reordering.undo(model)
+    assert all(parameter.grad is None for parameter in model.parameters())

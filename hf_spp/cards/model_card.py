@@ -53,7 +53,6 @@ AXES = {
     "vo": "rows of value and columns of the attention output inside a head, together",
     "heads": "whole attention heads",
     "ffn": "intermediate neurons of the feed-forward network",
-    "experts": "experts with their router rows",
     "hidden": "channels of the residual stream, in every layer at once",
 }
 
