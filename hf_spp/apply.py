@@ -1,21 +1,22 @@
 """The only code that writes weights: gather each tensor once, in place."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 Indices = Mapping[str, Mapping[int, Tensor]]
 
-# Columns are gathered a piece at a time, so that both copies of a piece stay in the processor's cache.
-_PIECE_BYTES = 1 << 20
+# Tensors are gathered a piece at a time: both copies of a piece stay in a processor's cache, and no more is held.
+_PIECE_BYTES = 2 << 20
+_ACCELERATOR_PIECE_BYTES = 64 << 20
 
 
 @torch.no_grad()
 def gather_tensors(tensors: Mapping[str, Tensor], indices: Indices) -> None:
     """Move channels of tensors in place; if anything fails midway, all tensors are as before.
 
-    At most one copy of the largest tensor is held beside the tensors themselves.
+    Beside the tensors themselves only a copy of a small piece of one is held.
 
     Args:
         tensors: Tensors by name; those without an index stay as they are.
@@ -60,30 +61,49 @@ def _invert(dims: Mapping[int, Tensor]) -> dict[int, Tensor]:
 
 
 def _gather(tensor: Tensor, dims: Mapping[int, Tensor]) -> None:
-    (first, index), *rest = [(dim, dims[dim].to(tensor.device)) for dim in sorted(dims)]
-    if not rest and first == tensor.dim() - 1 > 0 and tensor.is_contiguous():
-        _gather_columns(tensor.view(-1, tensor.shape[-1]), index)
-        return
-    moved = tensor.index_select(first, index)
-    for dim, index in rest:
-        if dim == tensor.dim() - 1:
-            _gather_columns(moved.view(-1, moved.shape[-1]), index)
-        else:
-            moved = moved.index_select(dim, index)
-    tensor.copy_(moved)
+    done: list[int] = []
+    try:
+        for dim, index in dims.items():
+            _gather_dim(tensor, dim, index)
+            done.append(dim)
+    except BaseException:
+        for dim in done:
+            _gather_dim(tensor, dim, dims[dim].argsort())
+        raise
 
 
-def _gather_columns(matrix: Tensor, index: Tensor) -> None:
-    """Gather the columns of a contiguous matrix in place, some rows at a time."""
-    rows = max(1, _PIECE_BYTES // (matrix.shape[1] * matrix.element_size()))
-    pieces = torch.split(matrix, rows)
+def _gather_dim(tensor: Tensor, dim: int, index: Tensor) -> None:
+    """Gather one dimension in place, a piece of the others at a time."""
+    pieces, dim = _pieces(tensor, dim)
+    index = index.to(tensor.device)
     done = 0
     try:
         for piece in pieces:
-            piece.copy_(piece.gather(1, index.expand(piece.shape[0], -1)))
+            _move(piece, dim, index)
             done += 1
     except BaseException:
-        inverse = index.argsort()
         for piece in pieces[:done]:
-            piece.copy_(piece.gather(1, inverse.expand(piece.shape[0], -1)))
+            _move(piece, dim, index.argsort())
         raise
+
+
+def _move(piece: Tensor, dim: int, index: Tensor) -> None:
+    # On a CPU the one is faster along columns, the other along rows.
+    columns = dim == 1 and piece.dim() == 2
+    piece.copy_(piece.gather(1, index.expand(piece.shape[0], -1)) if columns else piece.index_select(dim, index))
+
+
+def _pieces(tensor: Tensor, dim: int) -> tuple[Sequence[Tensor], int]:
+    """The tensor as matrices that each hold `dim` whole, and which of their dimensions it is.
+
+    A tensor that is no such matrix in memory is one piece.
+    """
+    length = tensor.shape[dim]
+    if tensor.is_contiguous() and dim == tensor.dim() - 1 > 0:
+        matrix, dim, split = tensor.view(-1, length), 1, 0
+    elif tensor.is_contiguous() and dim == 0:
+        matrix, split = tensor.view(length, -1), 1
+    else:
+        return [tensor], dim
+    size = _PIECE_BYTES if tensor.device.type == "cpu" else _ACCELERATOR_PIECE_BYTES
+    return torch.split(matrix, max(1, size // (length * tensor.element_size())), dim=split), dim

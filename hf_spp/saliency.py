@@ -14,7 +14,7 @@ from .channels import ChannelGroup
 from .errors import NonFiniteWeightsError, SPPConfigError
 
 # Weights are reduced some rows at a time, so that their float64 copies stay in the processor's cache.
-_PIECE_BYTES = 1 << 20
+_PIECE_BYTES = 2 << 20
 
 
 @torch.no_grad()

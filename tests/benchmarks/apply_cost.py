@@ -8,7 +8,10 @@ random, float32; between runs the reordering is undone, untimed.
 """
 
 import argparse
+import os
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -90,7 +93,6 @@ def measure(name: str, repeats: int) -> None:
         for label, verify in (("apply_spp", True), ("without proof", False)):
             times[label].append(seconds(apply(verify)))
             done.pop().undo(model)
-    extra = peak_beyond(apply(True))
     largest = max(p.numel() * p.element_size() for p in model.parameters()) / 2**20
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
     median = {label: statistics.median(values[1:]) for label, values in times.items()}
@@ -100,15 +102,32 @@ def measure(name: str, repeats: int) -> None:
         ratios = [mine / copy for mine, copy in zip(times[label][1:], times["copy"][1:], strict=True)]
         spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
         print(f"  {label:<22}{median[label]:10.3f} s, {statistics.median(ratios):.2f} times the copy ({spread})")
-    print(f"  extra memory at the peak {extra:7.1f} MiB; the largest tensor has {largest:.1f} MiB")
+    print(f"  the largest tensor has {largest:.1f} MiB", flush=True)
+    # Every tensor in pages of its own, which go back when it is freed, so that resident memory is what is held.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+    subprocess.run([sys.executable, __file__, "--memory", name], env=environment, check=True)
+
+
+def measure_memory(name: str) -> None:
+    model = build(name)
+    for label, verify in (("apply_spp", True), ("without proof", False)):
+        apply_spp(model, SPPConfig(metric="l1", verify=verify)).undo(model)
+        done: list[Reordering] = []
+        config = SPPConfig(metric="l1", verify=verify)
+        extra = peak_beyond(lambda done=done, config=config: done.append(apply_spp(model, config)))
+        done.pop().undo(model)
+        print(f"  {label:<22}{extra:8.1f} MiB more at its peak")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=sorted(MODELS), default=sorted(MODELS, reverse=True))
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--memory", choices=sorted(MODELS), help="only measure the memory of one model")
     args = parser.parse_args()
     logging.set_verbosity_error()
+    if args.memory:
+        return measure_memory(args.memory)
     for name in args.models:
         measure(name, args.repeats)
 
