@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from .channels import ChannelGroup, ChannelMap, Member, Refusal
     from .comparison.evaluation import compare_methods
     from .config import SPPConfig
-    from .reordering import Reordering, apply_spp
+    from .reordering import Reordering
+    from .transform import apply_spp
 
 __all__ = [
     "AssetError",
@@ -70,7 +71,7 @@ _HOMES = {
     "Reordering": "reordering",
     "SPPCallback": "callback",
     "SPPConfig": "config",
-    "apply_spp": "reordering",
+    "apply_spp": "transform",
     "channel_groups": "architectures",
     "compare_methods": "comparison.evaluation",
 }

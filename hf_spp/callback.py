@@ -24,7 +24,8 @@ from .apply import named_tensors
 from .cards.model_card import CardContent, render_card, task_of_class, update_card_with_evaluation
 from .config import SPPConfig
 from .errors import CallbackError
-from .reordering import Reordering, apply_spp
+from .reordering import Reordering
+from .transform import apply_spp
 
 logger = logging.get_logger(__name__)
 

@@ -208,7 +208,7 @@ def reorder(
         from .checkpoint import check_replaceable
         from .config import WEIGHT_METRICS, SPPConfig
         from .conversion import load_original, save_reordered
-        from .reordering import apply_spp
+        from .transform import apply_spp
     names = tuple(_split(axes) or ()) or None
     config = SPPConfig(axes=names, metric=metric, seed=seed, verify=not no_verify)
     if config.needs_calibration:

@@ -19,8 +19,9 @@ from .config import SPPConfig
 from .hub import find_files
 from .loading import companion_files, load_model, quiet_transformers
 from .proof import Proof, Witness, default_tolerance
-from .reordering import ORDERS_NAME, Reordering, apply_spp
+from .reordering import ORDERS_NAME, Reordering
 from .saliency import weight_scores
+from .transform import apply_spp
 
 
 def load_original(source: str | os.PathLike[str], dtype: str = "auto") -> PreTrainedModel:

@@ -1,18 +1,16 @@
-"""`apply_spp` and the `Reordering` it returns: score, order, gather, prove; undo, save and load."""
+"""`Reordering`: what was done to a model, and the means to undo, repeat, save and load it."""
 
 import dataclasses
 import hashlib
 import json
 import os
-import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
@@ -20,22 +18,15 @@ from transformers.utils import logging
 from . import checkpoint, hub
 from .apply import gather_model, invert_indices, named_tensors
 from .architectures import channel_groups
-from .calibration import calibrated_scores
-from .channels import ChannelMap, Refusal
+from .channels import Refusal
 from .config import AXES, CONFIG_NAME, FORMAT_VERSION, SPPConfig, check_format_version
 from .errors import (
-    CalibrationError,
     CheckpointError,
-    EqualFunctionError,
-    IllegalAxisError,
     OrdersError,
-    SPPConfigError,
     UnsupportedModelError,
 )
-from .permutation import check_orders, gather_indices, moved_channels, salient_order
-from .proof import Proof, Witness, default_tolerance
-from .saliency import check_finite, weight_scores
-from .version import __version__
+from .permutation import check_orders, gather_indices, moved_channels
+from .proof import Proof
 
 logger = logging.get_logger(__name__)
 
@@ -114,7 +105,7 @@ class Reordering:
         Raises:
             OrdersError: The orders do not fit this model, or it is not in the order that this reordering made.
         """
-        history: tuple[str, ...] | None = getattr(model, _HISTORY, None)
+        history = history_of(model)
         if history is not None and history[-1:] != (self.digest,):
             state = "in its original order" if not history else "in the order of another reordering"
             raise OrdersError(
@@ -122,7 +113,7 @@ class Reordering:
                 "Undo the last reordering first, or load the reordered checkpoint again."
             )
         gather_model(model, invert_indices(self._indices(model)))
-        _remember(model, () if history is None else history[:-1])
+        remember(model, () if history is None else history[:-1])
 
     def apply(self, model: PreTrainedModel) -> None:
         """Reorder another copy of the model that this reordering started from, in place.
@@ -133,17 +124,17 @@ class Reordering:
         Raises:
             OrdersError: The orders do not fit this model, or it is already in this order.
         """
-        history: tuple[str, ...] = getattr(model, _HISTORY, ())
+        history = history_of(model) or ()
         if history[-1:] == (self.digest,):
             raise OrdersError(
                 f"This {type(model).__name__} is already in the order of this reordering. Apply it to the original."
             )
         gather_model(model, self._indices(model))
-        _remember(model, (*history, self.digest))
+        remember(model, (*history, self.digest))
 
     def _indices(self, model: PreTrainedModel) -> dict[str, dict[int, Tensor]]:
         groups = channel_groups(model)
-        _check_writable(model)
+        check_writable(model)
         if model.config.model_type != self.model_type:
             raise OrdersError(
                 f"These orders belong to a {self.model_type} model; a {model.config.model_type} model "
@@ -304,100 +295,12 @@ class Reordering:
             raise CheckpointError(f"The summary in {ORDERS_NAME} is damaged ({error!r}). Save it again.") from error
 
 
-def apply_spp(
-    model: PreTrainedModel,
-    config: SPPConfig | None = None,
-    *,
-    calibration: Iterable[Mapping[str, Any]] | None = None,
-    example_inputs: Mapping[str, Any] | None = None,
-) -> Reordering:
-    """Put a model's channels in order of saliency, in place, without changing what it computes.
-
-    The model is run on a small input before and after. If its outputs moved further than the tolerance, every weight
-    is put back bit for bit and an error is raised.
-
-    Args:
-        model: A transformers model. Its class, config and shapes stay the same; tied weights stay tied.
-        config: What to reorder and how; None means `SPPConfig()`.
-        calibration: Any iterable of dict batches of forward arguments, for the metrics `activation` and `taylor`.
-        example_inputs: Forward arguments for the proof; None builds them from the model's config.
-
-    Returns:
-        The reordering, with orders, scores, the proof, and what may not move and why.
+def check_writable(model: PreTrainedModel) -> None:
+    """Refuse a model whose weights hold no values.
 
     Raises:
-        UnsupportedModelError: The model is quantized, on the meta device, or no transformers model.
-        UnsupportedArchitectureError: No channel group was found.
-        IllegalAxisError: A configured axis may not move in this model.
-        CalibrationError: The metric needs calibration data and has none that works.
-        NonFiniteWeightsError: A weight is NaN or infinite.
-        ExampleInputsError: No inputs for the proof.
-        EqualFunctionError: The outputs moved past the tolerance; the model was restored.
-
-    Reference:
-        Salient parameter prioritization, arXiv:2310.00247.
+        UnsupportedModelError: A parameter is on the meta device.
     """
-    config = SPPConfig() if config is None else config
-    if not isinstance(config, SPPConfig):
-        raise SPPConfigError(f"config is {config!r}; an SPPConfig is needed. Give SPPConfig(metric='l1', …).")
-    groups = _select_axes(channel_groups(model), config, model)
-    _check_writable(model)
-    config = _settle(config, groups, calibration)
-    _check_finite(model, groups, config)
-    witness = Witness(model, example_inputs, config.seed) if config.verify else None
-    scores = _score(model, groups, config, calibration)
-    orders = {name: salient_order(values) for name, values in scores.items()}
-    tensors = named_tensors(model)
-    indices = gather_indices(groups, orders, {name: tensor.shape for name, tensor in tensors.items()})
-    history = getattr(model, _HISTORY, ())
-    gather_model(model, indices)
-    try:
-        tolerance = None if witness is None else config.tolerance or default_tolerance(model)
-        proof = None if witness is None else _prove(model, witness, orders, config, tolerance or 0.0)
-        reordering = Reordering(
-            config,
-            orders,
-            {name: values.float() for name, values in scores.items()},
-            {group.name: group.axis for group in groups},
-            {group.name: group.layer for group in groups},
-            groups.refused,
-            proof,
-            tolerance,
-            model.config.model_type,
-            type(model).__name__,
-            str(model.dtype).removeprefix("torch."),
-            _versions(),
-        )
-        _remember(model, (*history, reordering.digest))
-    except BaseException:
-        gather_model(model, invert_indices(indices))
-        raise
-    if not reordering.changed:
-        logger.warning(f"{type(model).__name__} was already in this order; no channel moved.")
-    return reordering
-
-
-def _select_axes(groups: ChannelMap, config: SPPConfig, model: PreTrainedModel) -> ChannelMap:
-    if config.axes is None:
-        selected = groups.select(axis for axis in AXES if axis != "hidden")
-        if len(selected) == 0:
-            raise IllegalAxisError(
-                f"No axis but 'hidden' may move in {type(model).__name__}, and 'hidden' must be asked for by name. "
-                "Set SPPConfig(axes=('hidden',))."
-            )
-        return selected
-    for axis in config.axes:
-        if axis not in groups.axes:
-            reasons = "; ".join(f"{r.where}: {r.reason}" for r in groups.refused if r.axis == axis)
-            raise IllegalAxisError(
-                f"Axis {axis!r} may not move in {type(model).__name__} (model_type {model.config.model_type!r}): "
-                f"{reasons or 'the model has no such channels'}. Legal axes here: {', '.join(groups.axes)}. "
-                "Leave it out of SPPConfig(axes=...)."
-            )
-    return groups.select(config.axes)
-
-
-def _check_writable(model: PreTrainedModel) -> None:
     for name, parameter in model.named_parameters():
         if parameter.device.type == "meta":
             raise UnsupportedModelError(
@@ -406,67 +309,15 @@ def _check_writable(model: PreTrainedModel) -> None:
             )
 
 
-def _settle(config: SPPConfig, groups: ChannelMap, calibration: Iterable[Any] | None) -> SPPConfig:
-    """The config with axes and metric as they will really be used."""
-    metric = config.metric
-    if metric is None:
-        metric = "l1" if calibration is None else "activation"
-    settled = dataclasses.replace(config, metric=metric, axes=tuple(a for a in AXES if a in groups.axes))
-    if settled.needs_calibration and calibration is None:
-        raise CalibrationError(
-            f"Metric {metric!r} needs calibration data and none was given. Pass calibration=<iterable of dict batches "
-            "of forward arguments>, or choose a weight-only metric: l1, l2, random."
-        )
-    if calibration is not None and not settled.needs_calibration:
-        raise CalibrationError(
-            f"Calibration data was given, but metric {settled.metric_name!r} does not use it. Leave calibration out, "
-            "or choose metric 'activation' or 'taylor'."
-        )
-    return settled
+def history_of(model: PreTrainedModel) -> tuple[str, ...] | None:
+    """Digests of the reorderings a live model went through in this process, None where nothing is known."""
+    history: tuple[str, ...] | None = getattr(model, _HISTORY, None)
+    return history
 
 
-def _score(
-    model: PreTrainedModel, groups: ChannelMap, config: SPPConfig, calibration: Iterable[Mapping[str, Any]] | None
-) -> dict[str, Tensor]:
-    if calibration is not None and isinstance(config.metric, str):
-        return calibrated_scores(
-            model, groups, calibration, config.metric, max_batches=config.calibration_batches, seed=config.seed
-        )
-    return weight_scores(groups, named_tensors(model), config.metric or "l1", config.seed)
-
-
-def _check_finite(model: PreTrainedModel, groups: ChannelMap, config: SPPConfig) -> None:
-    """Refuse NaN and infinity in every weight; those that a norm will read are left to it."""
-    read = {m.tensor for group in groups for m in group.scored_members} if config.metric in ("l1", "l2") else set()
-    check_finite(dict(model.named_parameters()), seen=read)
-
-
-def _prove(
-    model: PreTrainedModel, witness: Witness, orders: Mapping[str, Tensor], config: SPPConfig, tolerance: float
-) -> Proof:
-    hidden = orders.get("hidden")
-    proof = witness.compare(model, None if hidden is None else hidden.flatten())
-    if not proof.relative_diff <= tolerance:
-        raise EqualFunctionError(
-            f"The outputs of {type(model).__name__} moved by {proof.max_abs_diff:.3g}, {proof.relative_diff:.3g} of "
-            f"their scale; up to {tolerance:.3g} is accepted. The model was put back bit for bit. Leave out the axis "
-            f"that is not legal here (one of {', '.join(config.axes or ())}) and report the architecture; in low "
-            "precision, reorder in float32 instead."
-        )
-    return proof
-
-
-def _remember(model: PreTrainedModel, history: tuple[str, ...]) -> None:
+def remember(model: PreTrainedModel, history: tuple[str, ...]) -> None:
+    """Note on a live model which reorderings it went through."""
     setattr(model, _HISTORY, history)
-
-
-def _versions() -> dict[str, str]:
-    return {
-        "hf_spp": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
 
 
 def _seal(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:

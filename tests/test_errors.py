@@ -26,9 +26,9 @@ from hf_spp import (
     apply_spp,
     channel_groups,
     errors,
+    transform,
 )
 from hf_spp import apply as writing
-from hf_spp import reordering as reordering_module
 from hf_spp.proof import Witness
 
 NAN, INF = float("nan"), float("inf")
@@ -445,7 +445,7 @@ def test_crash_while_the_model_runs_again(monkeypatch):
     assert same_bits(model, before)
 
 
-@pytest.mark.parametrize("where", ["default_tolerance", "_remember", "_versions", "Reordering"])
+@pytest.mark.parametrize("where", ["default_tolerance", "remember", "_versions", "Reordering"])
 def test_crash_before_the_orders_are_returned(where, monkeypatch):
     model = build_model("vit")
     before = weights_of(model)
@@ -453,7 +453,7 @@ def test_crash_before_the_orders_are_returned(where, monkeypatch):
     def crash(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(reordering_module, where, crash)
+    monkeypatch.setattr(transform, where, crash)
     with pytest.raises(KeyboardInterrupt):
         apply_spp(model, SPPConfig(metric="random"))
     assert same_bits(model, before)

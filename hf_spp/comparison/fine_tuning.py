@@ -27,7 +27,8 @@ from ..channels import ChannelGroup
 from ..config import SPPConfig
 from ..errors import NonFiniteWeightsError
 from ..forward import evaluation_mode, run_model
-from ..reordering import Reordering, apply_spp
+from ..reordering import Reordering
+from ..transform import apply_spp
 from ..version import __version__
 from .classification import ClassificationTask
 from .metrics import classification_metrics
