@@ -51,9 +51,11 @@ def gather_model(model: nn.Module, indices: Indices) -> None:
         model: The model to write to.
         indices: Gather index of each moved dimension, by tensor name and dimension.
     """
-    gradients = {f"{name}.grad": p.grad for name, p in model.named_parameters() if p.grad is not None}
-    moves = {**indices, **{f"{name}.grad": dims for name, dims in indices.items() if f"{name}.grad" in gradients}}
-    gather_tensors({**named_tensors(model), **gradients}, moves)
+    tensors, moves = named_tensors(model), dict(indices)
+    for name, parameter in model.named_parameters():
+        if name in indices and parameter.grad is not None:
+            tensors[f"{name}.grad"], moves[f"{name}.grad"] = parameter.grad, indices[name]
+    gather_tensors(tensors, moves)
 
 
 def _invert(dims: Mapping[int, Tensor]) -> dict[int, Tensor]:

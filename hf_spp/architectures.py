@@ -66,12 +66,6 @@ def _checked(model: Any) -> PreTrainedModel:
             f"{type(model).__name__} holds quantized weights, whose packed rows cannot be moved. "
             "Reorder the unquantized checkpoint first and quantize the result."
         )
-    for name, parameter in model.named_parameters():
-        if parameter.dtype not in DTYPES:
-            raise UnsupportedModelError(
-                f"Parameter {name} of {type(model).__name__} has dtype {parameter.dtype}; float16, bfloat16, float32 "
-                "or float64 weights are needed. Reorder the unquantized checkpoint first and quantize the result."
-            )
     return model
 
 
@@ -132,8 +126,22 @@ class _Resolver:
     def __post_init__(self) -> None:
         self.modules = dict(self.model.named_modules())
         # A shared parameter has one name here, the first, so that it moves once.
-        self.parameters = dict(self.model.named_parameters())
-        self.first_name = {id(parameter): name for name, parameter in self.parameters.items()}
+        self.parameters: dict[str, nn.Parameter] = {}
+        self.first_name: dict[int, str] = {}
+        self.inside: dict[str, list[str]] = defaultdict(list)
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            if self.first_name.setdefault(id(parameter), name) == name:
+                self.parameters[name] = parameter
+            if parameter.dtype not in DTYPES:
+                raise UnsupportedModelError(
+                    f"Parameter {name} of {type(self.model).__name__} has dtype {parameter.dtype}; float16, bfloat16, "
+                    "float32 or float64 weights are needed. Reorder the unquantized checkpoint first and quantize the "
+                    "result."
+                )
+            owner = name
+            while owner:
+                owner = owner.rpartition(".")[0]
+                self.inside[owner].append(name)
 
     def resolve(self) -> ChannelMap:
         attentions = list(self._attentions())
@@ -215,9 +223,9 @@ class _Resolver:
         explained = tuple(f"{_join(path, child)}.{leaf}." for child in children for leaf in ("weight", "bias"))
         explained += tuple(f"{_join(path, child)}." for child in known)
         for owner in owners:
-            for name, _ in self.modules[owner].named_parameters():
-                if not f"{_join(owner, name)}.".startswith(explained):
-                    return _join(owner, name)
+            for name in self.inside[owner]:
+                if not f"{name}.".startswith(explained):
+                    return name
         return None
 
     # Attention

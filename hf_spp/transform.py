@@ -64,12 +64,12 @@ def apply_spp(
         raise SPPConfigError(f"config is {config!r}; an SPPConfig is needed. Give SPPConfig(metric='l1', …).")
     groups = _select_axes(channel_groups(model), config, model)
     check_writable(model)
+    tensors = named_tensors(model)
     config = _settle(config, groups, calibration)
     _check_finite(model, groups, config)
     witness = Witness(model, example_inputs, config.seed) if config.verify else None
-    scores = _score(model, groups, config, calibration)
+    scores = _score(model, tensors, groups, config, calibration)
     orders = {name: salient_order(values) for name, values in scores.items()}
-    tensors = named_tensors(model)
     indices = gather_indices(groups, orders, {name: tensor.shape for name, tensor in tensors.items()})
     history = history_of(model) or ()
     gather_model(model, indices)
@@ -139,13 +139,17 @@ def _settle(config: SPPConfig, groups: ChannelMap, calibration: Iterable[Any] | 
 
 
 def _score(
-    model: PreTrainedModel, groups: ChannelMap, config: SPPConfig, calibration: Iterable[Mapping[str, Any]] | None
+    model: PreTrainedModel,
+    tensors: Mapping[str, Tensor],
+    groups: ChannelMap,
+    config: SPPConfig,
+    calibration: Iterable[Mapping[str, Any]] | None,
 ) -> dict[str, Tensor]:
     if calibration is not None and isinstance(config.metric, str):
         return calibrated_scores(
             model, groups, calibration, config.metric, max_batches=config.calibration_batches, seed=config.seed
         )
-    return weight_scores(groups, named_tensors(model), config.metric or "l1", config.seed)
+    return weight_scores(groups, tensors, config.metric or "l1", config.seed)
 
 
 def _check_finite(model: PreTrainedModel, groups: ChannelMap, config: SPPConfig) -> None:
