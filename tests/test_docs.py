@@ -50,6 +50,18 @@ def test_cards_parse_and_their_plots_exist(card):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+def test_readme_output_is_what_its_code_prints(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(blocks("python")[0], {})
+    shown, printed = blocks("text")[0].splitlines(), capsys.readouterr().out.splitlines()
+    assert printed[:-1] == shown[:-1]
+    # The figure depends on how the processor rounds.
+    assert printed[-1].startswith("  equal function: max|Δ| = ")
+    assert (tmp_path / "smollm2-spp" / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.stem)
 def test_examples_run(example, tmp_path):
     run = subprocess.run([sys.executable, str(example), str(tmp_path / "out")], capture_output=True, text=True)
