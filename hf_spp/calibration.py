@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +66,7 @@ def calibrated_scores(
             "needed. Give a DataLoader or a list of batches."
         )
     groups = tuple(groups)
-    watch = _ActivationWatch() if metric == "activation" else _TaylorWatch(groups, seed)
+    watch: _Watch = _ActivationWatch() if metric == "activation" else _TaylorWatch(groups, seed)
     points = {point for group in groups for point in map(_point, _watched(group))}
     total = max_batches
     if isinstance(batches, Sized):
@@ -138,17 +138,14 @@ def _hooks(model: nn.Module, points: set[Point], watch: "_Watch") -> Iterator[No
             handle.remove()
 
 
-class _Watch:
+class _Watch(Protocol):
     """Collects what flows through the watched points."""
 
-    def see(self, point: Point, features: Tensor) -> Tensor:
-        raise NotImplementedError
+    def see(self, point: Point, features: Tensor) -> Tensor: ...
 
-    def run(self, model: PreTrainedModel, batch: Mapping[str, Any]) -> None:
-        raise NotImplementedError
+    def run(self, model: PreTrainedModel, batch: Mapping[str, Any]) -> None: ...
 
-    def scores(self, model: PreTrainedModel, group: ChannelGroup) -> Tensor:
-        raise NotImplementedError
+    def scores(self, model: PreTrainedModel, group: ChannelGroup) -> Tensor: ...
 
 
 def _token_mask(model: PreTrainedModel, batch: Mapping[str, Any]) -> Tensor | None:
@@ -170,7 +167,7 @@ def _tokens(features: Tensor, mask: Tensor | None) -> Tensor:
 
 
 @dataclass
-class _ActivationWatch(_Watch):
+class _ActivationWatch:
     """Sum of squared activations per feature, over every token that is no padding."""
 
     squares: dict[Point, Tensor] = field(default_factory=dict)
@@ -203,7 +200,7 @@ class _ActivationWatch(_Watch):
 
 
 @dataclass
-class _TaylorWatch(_Watch):
+class _TaylorWatch:
     """Squared first-order change of each sample's loss when a channel is zeroed."""
 
     groups: tuple[ChannelGroup, ...]
