@@ -19,6 +19,7 @@ from transformers.utils import logging
 from .channels import ChannelGroup, Member
 from .errors import CalibrationError
 from .forward import evaluation_mode, fixed_rng, output_tensors, run_model
+from .saliency import channel_sums
 
 Point = tuple[str, bool]
 """A watched module, and whether at its input."""
@@ -191,9 +192,7 @@ class _ActivationWatch:
             point = _point(member)
             energy = self.squares[point] / max(self.tokens[point], 1)
             if member.role == "consumer":
-                weight = model.get_parameter(member.tensor).detach()
-                matrix = weight.movedim(member.dim, 0).flatten(1)
-                energy = energy * torch.linalg.vector_norm(matrix, dim=1, dtype=torch.float64).cpu().square()
+                energy = energy * channel_sums(model.get_parameter(member.tensor).detach(), member.dim, power=2)
             energies.append(member.take_channels(energy, group).sum(-1).sqrt())
         stacked = torch.stack(energies)
         return stacked.mean(0) if _watched(group)[0].role == "consumer" else stacked.prod(0)

@@ -24,7 +24,7 @@ from .apply import named_tensors
 from .cards.model_card import CardContent, render_card, task_of_class, update_card_with_evaluation
 from .config import SPPConfig
 from .errors import CallbackError
-from .reordering import Reordering
+from .reordering import Reordering, history_of, remember
 from .transform import apply_spp
 
 logger = logging.get_logger(__name__)
@@ -91,11 +91,13 @@ class SPPCallback(TrainerCallback, ExportableState):
         if state.global_step > 0:
             self.reordering, fingerprint = _stored_reordering(state)
             _check_resumed(model, fingerprint)
+            remember(model, (self.reordering.digest,))
             logger.info("The resumed model is already in order; nothing is moved.")
             return
-        if self.reordering is not None:
+        if self.reordering is not None and (history_of(model) or ())[-1:] == (self.reordering.digest,):
             logger.info("This callback has reordered the model before; nothing is moved.")
             return
+        self._evaluations, self._ended = {}, False
         calibration = self.calibration
         if calibration is None and self.config.needs_calibration:
             calibration = _training_batches(kwargs["train_dataloader"], self.config.seed)

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
 from . import checkpoint, hub
 from .apply import gather_model, invert_indices, named_tensors
@@ -27,8 +26,6 @@ from .errors import (
 )
 from .permutation import check_orders, gather_indices, moved_channels
 from .proof import Proof
-
-logger = logging.get_logger(__name__)
 
 ORDERS_NAME = "spp_orders.safetensors"
 # The reorderings a live model went through, as far as this process did them; absent means unknown.

@@ -3,7 +3,7 @@
 import dataclasses
 import platform
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -15,7 +15,7 @@ from .apply import gather_model, invert_indices, named_tensors
 from .architectures import channel_groups
 from .calibration import calibrated_scores
 from .channels import ChannelMap
-from .config import AXES, SPPConfig
+from .config import AXES, Metric, SPPConfig
 from .errors import CalibrationError, EqualFunctionError, IllegalAxisError, SPPConfigError
 from .permutation import gather_indices, salient_order
 from .proof import Proof, Witness, default_tolerance
@@ -149,7 +149,8 @@ def _score(
         return calibrated_scores(
             model, groups, calibration, config.metric, max_batches=config.calibration_batches, seed=config.seed
         )
-    return weight_scores(groups, tensors, config.metric or "l1", config.seed)
+    # `_settle` has replaced a metric that was left open.
+    return weight_scores(groups, tensors, cast(Metric, config.metric), config.seed)
 
 
 def _check_finite(model: PreTrainedModel, groups: ChannelMap, config: SPPConfig) -> None:

@@ -209,3 +209,25 @@ def test_second_training_does_not_reorder_again(finished):
     trainer.train()
     assert callback.reordering.digest == digest
     assert sum("spp_max_abs_diff" in entry for entry in trainer.state.log_history) == 0
+
+
+def test_callback_of_an_earlier_run_reorders_a_fresh_model(tmp_path):
+    """Otherwise a second model, as in a search over hyperparameters, would silently be trained as it is."""
+    callback, models = SPPCallback(), [build_model("vit", seed=seed) for seed in (0, 1)]
+    before = [copy.deepcopy(model.state_dict()) for model in models]
+    digests = []
+    for number, model in enumerate(models):
+        trained(tmp_path / str(number), callback, model=model, max_steps=1, learning_rate=0.0)
+        digests.append(callback.reordering.digest)
+        callback.reordering.undo(model)
+        assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before[number].items())
+    assert digests[0] != digests[1]
+
+
+def test_resumed_model_is_not_reordered_by_a_later_training(finished, tmp_path):
+    callback = SPPCallback()
+    resumed = trained(tmp_path, callback, resume=finished[2] / "checkpoint-6")
+    digest = callback.reordering.digest
+    resumed.train()
+    assert callback.reordering.digest == digest
+    assert not any("spp_max_abs_diff" in entry for entry in resumed.state.log_history)
