@@ -1,6 +1,6 @@
 """The only code that writes weights: gather each tensor once, in place."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,8 @@ def gather_tensors(tensors: Mapping[str, Tensor], indices: Indices) -> None:
 
     Args:
         tensors: Tensors by name; those without an index stay as they are.
-        indices: Gather index of each moved dimension, `[length]`, int64, by tensor and dimension.
+        indices: Gather index of each moved dimension, int64, by tensor and dimension: `[length]`, or
+            `[entries, length]` where each entry of the first dimension moves on its own, before the first dimension.
     """
     done: list[str] = []
     try:
@@ -59,19 +60,30 @@ def gather_model(model: nn.Module, indices: Indices) -> None:
 
 
 def _invert(dims: Mapping[int, Tensor]) -> dict[int, Tensor]:
-    return {dim: index.argsort() for dim, index in dims.items()}
+    inverse = {dim: index.argsort(dim=-1) for dim, index in dims.items()}
+    # An index per entry of the first dimension names entries by their place before the first dimension moved.
+    return {dim: index[dims[0]] if index.dim() == 2 and 0 in dims else index for dim, index in inverse.items()}
 
 
 def _gather(tensor: Tensor, dims: Mapping[int, Tensor]) -> None:
-    done: list[int] = []
+    """Gather by every index, those per entry of the first dimension first."""
+    done: list[tuple[Tensor, int, Tensor]] = []
     try:
-        for dim, index in dims.items():
-            _gather_dim(tensor, dim, index)
-            done.append(dim)
+        for part, dim, index in _steps(tensor, dims):
+            _gather_dim(part, dim, index)
+            done.append((part, dim, index))
     except BaseException:
-        for dim in done:
-            _gather_dim(tensor, dim, dims[dim].argsort())
+        for part, dim, index in reversed(done):
+            _gather_dim(part, dim, index.argsort())
         raise
+
+
+def _steps(tensor: Tensor, dims: Mapping[int, Tensor]) -> Iterator[tuple[Tensor, int, Tensor]]:
+    for dim, index in sorted(dims.items(), key=lambda item: -item[1].dim()):
+        if index.dim() == 2:
+            yield from ((tensor[entry], dim - 1, one) for entry, one in enumerate(index))
+        else:
+            yield tensor, dim, index
 
 
 def _gather_dim(tensor: Tensor, dim: int, index: Tensor) -> None:

@@ -24,15 +24,18 @@ class Member:
         tensor: Name of the parameter or buffer in the model, as `named_parameters` gives it.
         pattern: Layout of the tensor in einops notation, with `b` the block and `c` the channel axis; every other name
             is an axis that stays. `"(b c) i"` are the rows of a projection split in heads, `"o (b r c)"` the columns of
-            an output projection whose `r` query heads share one key-value head.
+            an output projection whose `r` query heads share one key-value head, and `"b (t c) i"` the rows of experts
+            that are stacked in a first dimension, gate and up rows fused.
         role: Whether channels are output features of a module (producer), input features (consumer), or neither.
-        span: For fused tensors, the part `start:stop` of the moved dimension that the pattern describes.
+        span: For fused tensors, the part of the moved dimension that the pattern describes: `start:stop` out of every
+            so many entries, `(start, stop, every)`. With `every` the whole length that is one block of a stack, with a
+            smaller one the query rows of each head where q, k and v alternate.
     """
 
     tensor: str
     pattern: str
     role: Role = "other"
-    span: tuple[int, int] | None = None
+    span: tuple[int, int, int] | None = None
 
     @cached_property
     def axes(self) -> tuple[tuple[str, ...], ...]:
@@ -44,24 +47,42 @@ class Member:
         """The dimension that the group moves."""
         return next(index for index, names in enumerate(self.axes) if "c" in names)
 
+    @cached_property
+    def stacked(self) -> bool:
+        """Whether blocks lie in the first dimension and channels in another one, as in experts."""
+        return self.dim != 0 and self.axes[0][0] == "b"
+
     @property
     def is_matrix(self) -> bool:
-        """Whether the tensor has a dimension beside the moved one, so that its channels have a norm."""
-        return len(self.axes) > 1
+        """Whether the tensor has a dimension beside the moved one and the blocks, so that its channels have a norm."""
+        return len(self.axes) - self.stacked > 1
 
     def view(self, tensor: Tensor, group: "ChannelGroup") -> Tensor:
         """View the member's tensor as `[blocks, size, ...]`, without a copy where strides allow."""
         if self.span is not None:
-            tensor = tensor.narrow(self.dim, self.span[0], self.span[1] - self.span[0])
+            start, stop, every = self.span
+            shape = (*tensor.shape[: self.dim], -1, every, *tensor.shape[self.dim + 1 :])
+            tensor = tensor.view(shape).narrow(self.dim + 1, start, stop - start).flatten(self.dim, self.dim + 1)
         rest = [name for names in self.axes for name in names if name not in "bc"]
         return _arrange(tensor, self.pattern, " ".join(rest), group.blocks, group.size)
 
     def take_channels(self, values: Tensor, group: "ChannelGroup") -> Tensor:
-        """Take per-channel values of the moved dimension, `[..., length]`, as `[..., blocks, size, units]`."""
-        return values[..., self.positions(values.shape[-1], group)]
+        """Take per-channel values as `[..., blocks, size, units]`.
+
+        Args:
+            values: Values of the moved dimension, `[..., length]`, or of stacked blocks, `[..., entries, length]`.
+            group: The group that the member belongs to.
+        """
+        if not self.stacked:
+            return values[..., self.positions(values.shape[-1], group)]
+        taken = values[..., self.positions(values.shape[-1], group)[0]]
+        return rearrange(taken, "... (b n) c u -> ... b c (n u)", b=group.blocks)
 
     def positions(self, length: int, group: "ChannelGroup") -> Tensor:
-        """Where each channel lies along the moved dimension of the given length: `[blocks, size, units]`, int64."""
+        """Where each channel lies along the moved dimension of the given length: `[blocks, size, units]`, int64.
+
+        Where blocks are stacked each has the same positions, and the first dimension is 1.
+        """
         return _positions(self.axes[self.dim], self.span, length, group.blocks, group.size)
 
 
@@ -74,7 +95,7 @@ class ChannelGroup:
 
     Attributes:
         name: Unique and stable name: the owning module's path below the base model, and the axis.
-        axis: `qk`, `vo`, `heads`, `ffn` or `hidden`.
+        axis: `qk`, `vo`, `heads`, `ffn`, `experts` or `hidden`.
         layer: Index of the layer, None for groups that span layers.
         blocks: Number of blocks.
         size: Channels in each block.
@@ -148,8 +169,12 @@ class ChannelMap:
 
 # Layers of one shape share these, and a model has few shapes.
 @lru_cache(maxsize=256)
-def _positions(names: tuple[str, ...], span: tuple[int, int] | None, length: int, blocks: int, size: int) -> Tensor:
-    places = torch.arange(length) if span is None else torch.arange(*span)
+def _positions(
+    names: tuple[str, ...], span: tuple[int, int, int] | None, length: int, blocks: int, size: int
+) -> Tensor:
+    places = torch.arange(length)
+    if span is not None:
+        places = places.view(-1, span[2])[:, span[0] : span[1]].flatten()
     units = " ".join(name for name in names if name not in "bc")
     return _arrange(places, f"({' '.join(names)})", f"({units})", blocks, size)
 

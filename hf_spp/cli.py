@@ -191,7 +191,7 @@ def reorder(
     metric: Annotated[str, typer.Option(help="l1, l2 or random.")] = "l1",
     axes: Annotated[
         list[str] | None,
-        typer.Option(help="Some of qk, vo, heads, ffn, hidden; all legal ones but hidden if not given."),
+        typer.Option(help="Some of qk, vo, heads, ffn, experts, hidden; all legal ones but hidden if not given."),
     ] = None,
     dtype: Annotated[
         str, typer.Option(help="Weights are reordered and written in it: float32, …; auto keeps the checkpoint's.")

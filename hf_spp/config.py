@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from .channels import ChannelGroup
 
-AXES = ("qk", "vo", "heads", "ffn", "hidden")
+AXES = ("qk", "vo", "heads", "ffn", "experts", "hidden")
 WEIGHT_METRICS = ("l1", "l2", "random")
 CALIBRATED_METRICS = ("activation", "taylor")
 METRICS = WEIGHT_METRICS + CALIBRATED_METRICS
@@ -31,8 +31,8 @@ class SPPConfig:
     """Settings of one reordering.
 
     Attributes:
-        axes: Axes to reorder, of `qk`, `vo`, `heads`, `ffn`, `hidden`. None means every axis that is legal for the
-            model except `hidden`, which changes the meaning of hidden states and must be asked for by name.
+        axes: Axes to reorder, of `qk`, `vo`, `heads`, `ffn`, `experts`, `hidden`. None means every axis that is legal
+            for the model except `hidden`, which changes the meaning of hidden states and must be asked for by name.
         metric: How channels are scored. `l1` and `l2` use the weights, `random` draws an order from `seed`,
             `activation` and `taylor` need calibration data. None picks `activation` when calibration data is given
             and `l1` otherwise; the reordering's own config then states which. A callable gets the group and its

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from .channels import ChannelGroup
+from .channels import ChannelGroup, Member
 from .errors import OrdersError
 
 Orders = Mapping[str, Tensor]
@@ -114,8 +114,9 @@ def gather_indices(
         shapes: Shape of every member tensor, by name.
 
     Returns:
-        Per tensor and dimension the index `[length]`, int64, for which `new = old.index_select(dim, index)`.
-        Dimensions that stay as they are, are left out.
+        Per tensor and dimension the index `[length]`, int64, for which `new = old.index_select(dim, index)`. Where
+        every entry of the first dimension moves on its own, the index is `[entries, length]` and comes before that of
+        the first dimension. Dimensions that stay as they are, are left out.
     """
     indices: dict[str, dict[int, Tensor]] = {}
     for group in groups:
@@ -123,13 +124,31 @@ def gather_indices(
         if order is None or moved_channels(order) == 0:
             continue
         for member in group.members:
-            length = shapes[member.tensor][member.dim]
-            places = member.positions(length, group)
-            index = torch.arange(length)
-            index[places.flatten()] = places.gather(1, order.unsqueeze(-1).expand_as(places)).flatten()
+            index = _gather_index(group, member, order, shapes[member.tensor])
             dims = indices.setdefault(member.tensor, {})
-            dims[member.dim] = dims[member.dim][index] if member.dim in dims else index
+            dims[member.dim] = _compose(dims[member.dim], index) if member.dim in dims else index
     return indices
+
+
+def _gather_index(group: ChannelGroup, member: Member, order: Tensor, shape: torch.Size) -> Tensor:
+    length = shape[member.dim]
+    places = member.positions(length, group).expand(len(order), -1, -1)
+    moved = places.gather(1, order.unsqueeze(-1).expand_as(places))
+    if member.stacked:
+        index = torch.arange(length).repeat(len(order), 1)
+        index.scatter_(1, places.flatten(1), moved.flatten(1))
+        return index.repeat_interleave(shape[0] // len(order), dim=0)
+    index = torch.arange(length)
+    index[places.flatten()] = moved.flatten()
+    return index
+
+
+def _compose(first: Tensor, second: Tensor) -> Tensor:
+    """The index that gathers by `first` and then by `second`, either of them per entry of the first dimension."""
+    if first.dim() == second.dim() == 1:
+        return first[second]
+    entries = max(first.shape[0] if first.dim() == 2 else 1, second.shape[0] if second.dim() == 2 else 1)
+    return first.expand(entries, -1).gather(1, second.expand(entries, -1))
 
 
 def _blocks_after(group: ChannelGroup, orders: Orders) -> Tensor:

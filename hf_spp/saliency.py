@@ -51,14 +51,14 @@ def weight_scores(
     if callable(metric):
         return {group.name: _custom_scores(group, tensors, metric) for group in groups}
     power = {"l1": 1, "l2": 2}[metric]
-    sums: dict[tuple[str, int], Tensor] = {}
+    sums: dict[tuple[str, int, bool], Tensor] = {}
     scores = {}
     for group in groups:
         norms = []
         for member in group.scored_members:
-            key = (member.tensor, member.dim)
+            key = (member.tensor, member.dim, member.stacked)
             if key not in sums:
-                sums[key] = channel_sums(tensors[member.tensor], member.dim, power)
+                sums[key] = channel_sums(tensors[member.tensor], member.dim, power, stacked=member.stacked)
                 if not bool(sums[key].isfinite().all()):
                     check_finite({member.tensor: tensors[member.tensor]})
             norms.append(member.take_channels(sums[key], group).sum(-1) ** (1 / power))
@@ -66,12 +66,23 @@ def weight_scores(
     return scores
 
 
-def channel_sums(tensor: Tensor, dim: int, power: int) -> Tensor:
-    """Sum of |w|^power over every dimension but `dim`, `[length]`, float64, on the CPU.
+def channel_sums(tensor: Tensor, dim: int, power: int, *, stacked: bool = False) -> Tensor:
+    """Sum of |w|^power over every dimension but `dim`, float64, on the CPU.
 
     Sums of float32 weights are exact in float64 unless they differ by many orders of magnitude, so they do not depend
     on the order of the weights, and a model that was put in order stays in order.
+
+    Args:
+        tensor: The weights.
+        dim: The dimension whose channels are summed for.
+        power: 1 or 2.
+        stacked: Whether each entry of the first dimension has sums of its own.
+
+    Returns:
+        Sums `[length]`, or `[entries, length]` where they are stacked.
     """
+    if stacked:
+        return torch.stack([channel_sums(entry, dim - 1, power) for entry in tensor])
     last = dim == tensor.dim() - 1
     matrix = tensor.flatten(0, -2) if last else tensor.movedim(dim, 0).flatten(1)
     rows = max(1, _PIECE_BYTES // (matrix.shape[1] * matrix.element_size()))

@@ -108,7 +108,10 @@ def show_families(maps: "Sequence[tuple[str, ChannelMap]]") -> None:
             if axis in groups.axes:
                 cells.append("[green]yes[/]")
                 continue
-            reason = next((refusal.reason for refusal in groups.refused if refusal.axis == axis), "no such channels")
+            reason = next((refusal.reason for refusal in groups.refused if refusal.axis == axis), None)
+            if reason is None:
+                cells.append("–")
+                continue
             if reason not in reasons:
                 reasons.append(reason)
             cells.append(f"[red]no[/] [{reasons.index(reason) + 1}]")

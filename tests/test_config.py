@@ -105,7 +105,7 @@ def test_stored_callable_asks_for_the_function(tmp_path):
         ({"axes": "qk"}, r"axes='qk' is no tuple of axis names. Give axes="),
         ({"axes": {"qk"}}, r"is no tuple of axis names"),
         ({"axes": 5}, r"axes=5 is no tuple"),
-        ({"axes": ("qk", "neck")}, r"unknown axis 'neck'. Known axes: qk, vo, heads, ffn, hidden"),
+        ({"axes": ("qk", "neck")}, r"unknown axis 'neck'. Known axes: qk, vo, heads, ffn, experts, hidden"),
         ({"axes": ("QK",)}, r"unknown axis 'QK'"),
         ({"axes": (None,)}, r"unknown axis None"),
         ({"axes": (["qk"],)}, r"unknown axis \['qk'\]"),

@@ -244,7 +244,7 @@ def test_orders_that_are_no_permutation(change):
 
 def test_no_axes():
     with pytest.raises(
-        SPPConfigError, match=r"axes=\(\) names no axis.*Give some of qk, vo, heads, ffn, hidden, or None"
+        SPPConfigError, match=r"axes=\(\) names no axis.*Give some of qk, vo, heads, ffn, experts, hidden, or None"
     ):
         SPPConfig(axes=())
 
@@ -325,7 +325,7 @@ def test_outputs_that_are_not_finite_because_of_the_inputs():
 
 def wrong_rotary_rows(monkeypatch):
     """A map that claims rotary rows may move, as a wrong map would."""
-    monkeypatch.setattr("hf_spp.architectures._is_rotary", lambda owner: False)
+    monkeypatch.setattr("hf_spp.architectures.patterns.ROTARY_NAMES", "(?!)")
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)

@@ -199,7 +199,7 @@ def test_control_every_member_matters(name):
             gather_tensors(tensors, invert_indices(indices))
     assert outputs_of(model, inputs)["output.logits"].equal(before["output.logits"])
     # Without rotation the bias of k adds the same to all logits of a query, which softmax takes out again.
-    keys = {("k_proj", None), ("key", None), ("k_lin", None), ("c_attn", (24, 48))}
+    keys = {("k_proj", None), ("key", None), ("k_lin", None), ("c_attn", (24, 48, 72))}
     allowed = {(axis, *key) for axis in ("qk", "heads") for key in keys} if name not in ROTARY else set()
     # Only pretraining uses the token for masked patches.
     assert unseen <= allowed | {("hidden", "embeddings", None)} if name.startswith("dinov2") else unseen <= allowed
