@@ -1,53 +1,13 @@
 """Feed-forward units: plain, gated and fused projections around the neurons, and experts stacked in one tensor."""
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 
 from torch import nn
 
-from ..channels import ChannelGroup
 from . import patterns as written
-from .attention import Misfit
-from .groups import fits, group_of, layer_of
-from .index import Feature, ModelIndex, Projection, join
-
-
-@dataclass
-class FeedForwardUnit:
-    """Intermediate neurons `m` and every tensor that holds them, stacked over experts `x` or not."""
-
-    path: str
-    neurons: int
-    features: list[Feature]
-    readers: list[Projection] = field(default_factory=list)
-    writers: list[Projection] = field(default_factory=list)
-    experts: int | None = None
-    router: list[Feature] = field(default_factory=list)
-    refused: dict[str, str] = field(default_factory=dict)
-    stacked: list[Feature] = field(default_factory=list)
-
-    def stream_features(self) -> list[Feature]:
-        """Where its projections read and write the residual stream `s`."""
-        read = [feature for one in self.readers for feature in one.consume("s")]
-        return self.stacked + read + [feature for one in self.writers for feature in one.produce("s")]
-
-    def stream_widths(self) -> set[int]:
-        """Widths of the streams that it reads and writes."""
-        return {one.inputs for one in self.readers} | {one.outputs for one in self.writers}
-
-    def groups(self, index: ModelIndex) -> Iterator[ChannelGroup]:
-        """The groups of neurons, and of experts where they may move."""
-        name, layer = index.short(self.path), layer_of(self.path)
-        if self.experts is None:
-            yield group_of(f"{name}.ffn", "ffn", layer, 1, self.neurons, self.features, {"m": "c"})
-            return
-        parent = f"{name}.experts"
-        yield group_of(
-            f"{name}.ffn", "ffn", layer, self.experts, self.neurons, self.features, {"x": "b", "m": "c"}, parent
-        )
-        if "experts" not in self.refused:
-            yield group_of(parent, "experts", layer, 1, self.experts, [*self.features, *self.router], {"x": "c"})
+from .groups import fits
+from .index import Feature, ModelIndex, join
+from .units import FeedForwardUnit, Misfit
 
 
 def feed_forward_units(index: ModelIndex, claimed: set[str]) -> tuple[list[FeedForwardUnit], list[Misfit]]:
@@ -146,8 +106,12 @@ def _unexplained(index: ModelIndex, unit: FeedForwardUnit, path: str, claimed: s
     others = [name for name in rest if index.first_name(name) in claimed or _own_forward(index, path, name)]
     for name in rest:
         shape = index.tensors[name].shape
+        if name in others or shape.numel() == 1:
+            continue
         # A module with other units in it is a layer, whose other parameters see the stream.
-        if name in others or shape.numel() == 1 or (others and not any(n % unit.neurons == 0 for n in shape)):
+        leaf = type(index.modules[name.rpartition(".")[0]]).__module__.startswith("torch.nn")
+        on_stream = others or leaf or streams.intersection(shape)
+        if on_stream and not any(n % unit.neurons == 0 for n in shape):
             continue
         stem = name.removesuffix(".weight").removesuffix(".bias")
         norm = re.search(r"norm|(^|\.)ln", stem, re.IGNORECASE) and len(shape) == 1 and shape[0] in streams

@@ -27,7 +27,7 @@ SEPARATE_PROJECTIONS = (
     ("projection_query", "projection_key", "projection_value"),
 )
 # One projection that stacks q, k and v: whole blocks, or the three side by side for each key-value head.
-FUSED_BLOCKS = ("qkv", "Wqkv", "qkv_proj", "c_attn", "in_proj_qkv")
+FUSED_BLOCKS = ("qkv", "Wqkv", "qkv_proj", "c_attn")
 FUSED_HEADS = ("query_key_value",)
 # A projection of q beside one that stacks k and v.
 QUERY_AND_FUSED = (("to_q", "to_kv"), ("q_proj", "kv_proj"), ("q", "kv"))
@@ -64,6 +64,7 @@ ATTENTION_SIDES = (
       "relative_position_bias.relative_position_bias_table"), ("n (k r)",)),
     (("rel_attn_embed.weight",), ("n (k r)",)),
     (("gru_rel_pos_const",), ("1 (k r) 1 1",)),
+    (("conv.weight",), ("(k r) 1 x y",)),
     (("attention_biases",), ("(k r) n",)),
     (("continuous_position_bias_mlp.2.weight",), ("(k r) i",)),
     (("rel_pos_h", "rel_pos_w", "distance_embedding.weight", "rel_pos_emb.weight"), ("n d",)),
@@ -152,23 +153,41 @@ KEYS_AS_VALUES_REASON = "the keys serve as values"
 NO_OUTPUT_REASON = "no output projection reads the heads"
 PER_HEAD_REASON = "a bias of the attention scores comes from elsewhere: argument {argument}"
 HEAD_TABLE_REASON = "parameter {name} outside of it may hold a bias per head"
+HEAD_BUFFER_REASON = "buffer {name} may hold a value per head"
+UNKNOWN_REASON = "no pattern explains {children}"
+MIXER_REASON = "a state-space or linear-attention mixer, of which no pattern is written"
+ROTARY_VALUE_REASON = "rotary position embedding turns the values as well"
 SHARED_KEYS_REASON = "keys and values are shared with other layers"
 CROSS_ATTENTION_REASON = "cross-attention reads the states of another model, which keep their order"
 SHARED_REASON = "a parameter is shared with another unit whose other parameters are its own"
+COMPOSITE_REASON = (
+    "the model is made of several, whose residual streams are not told apart; reorder the parts one by one"
+)
+FIXED_TENSOR_REASON = "{name} adds computed values to the stream, which are no parameter and cannot move"
 HEADLESS_REASON = (
     "the model has no head, its output is the residual stream itself and would change order; load it with a task head"
 )
 
 LATENT_READERS = ("q_a_proj", "q_proj", "kv_a_proj_with_mqa")
 LATENT_SIZE_ATTRIBUTES = ("qk_nope_head_dim", "v_head_dim")
+ROTARY_VALUE_ATTRIBUTE = "rotary_value"
 SHARED_KEYS_ATTRIBUTES = ("is_kv_shared_layer", "store_full_length_kv")
 # Fused projections of another layout than their name says, by the class that holds them: four times q, v and k.
 FUSED_LAYOUTS = {
     "CodeGenAttention": "quarters",
+    "GPTBigCodeAttention": "heads",
 }
+# Cross-attention by the name of its module, and position embeddings by the name of their class.
+CROSS_ATTENTION_NAMES = r"(?i)cross|encoder_attn|encoder_decoder|encdec"
+FIXED_POSITION_NAMES = r"Sinus|Position(?!.*Rotary)"
+# Parameters that mark a mixer of tokens other than attention.
+MIXER_PARAMETERS = ("A_log", "time_decay", "dt_bias", "igate_preact")
 # What the code of a module does that its structure does not show.
 ATTENTION_EXCEPTIONS = {
     "AutoformerAttention": {"heads": "it averages over heads"},
+    "EfficientLoFTRAttention": {"heads": "rotary frequencies run over all heads"},
+    "BigBirdBlockSparseAttention": {"heads": "each head attends to random blocks of its own"},
+    "BigBirdPegasusBlockSparseAttention": {"heads": "each head attends to random blocks of its own"},
     "ClvpSelfAttention": {"vo": "rotary position embedding turns the values as well"},
     "WavLMAttention": dict.fromkeys(("heads", "hidden"), "a gate per head reads the stream's channels at its place"),
     "DiffLlamaAttention": dict.fromkeys(("heads", "vo"), "the two halves of the heads are paired"),

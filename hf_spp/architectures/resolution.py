@@ -14,11 +14,12 @@ from transformers import PreTrainedModel
 from ..channels import ChannelGroup, ChannelMap, Member, Refusal
 from ..config import AXES
 from ..errors import UnsupportedArchitectureError, UnsupportedModelError
-from .attention import AttentionUnit, Misfit, attention_units
-from .feed_forward import FeedForwardUnit, feed_forward_units
+from .attention import attention_units
+from .feed_forward import feed_forward_units
 from .index import ModelIndex
 from .patterns import SHARED_REASON
 from .stream import hidden_group
+from .units import AttentionUnit, FeedForwardUnit, Misfit
 
 
 def channel_groups(model: PreTrainedModel) -> ChannelMap:
@@ -42,11 +43,11 @@ def channel_groups(model: PreTrainedModel) -> ChannelMap:
     feed_forwards, others = feed_forward_units(index, claimed)
     refused = _refusals(index, [*misfits, *others])
     if not attentions and not feed_forwards:
-        reasons = "".join(f" {refusal.where}: {refusal.reason}." for refusal in refused[:3])
+        reasons = [f" {refusal.where}: {refusal.reason}." for refusal in _summarize(refused)]
         raise UnsupportedArchitectureError(
-            f"model_type {model.config.model_type!r} ({type(model).__name__}) has no channel group: no attention or "
-            f"feed-forward structure of the written map occurs in it.{reasons} `hf-spp architectures` lists what is "
-            "supported."
+            f"model_type {index.model_type!r} ({type(model).__name__}) has no channel group: no attention or "
+            f"feed-forward structure of the written map occurs in it.{''.join([*dict.fromkeys(reasons)][:3])} "
+            "`hf-spp architectures` lists what is supported; register_architecture adds more."
         )
     groups: list[ChannelGroup] = []
     units: list[AttentionUnit | FeedForwardUnit] = [*attentions, *feed_forwards]

@@ -5,18 +5,20 @@ reads reordered channels and writes reordered ones computes the same. What must 
 that are heads, and everything whose order means something; those are refused where they are not known.
 """
 
+import inspect
 import re
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
 from ..channels import ChannelGroup, Role
 from . import patterns as written
-from .attention import AttentionUnit, Misfit
-from .feed_forward import FeedForwardUnit
 from .groups import group_of, layer_of
 from .index import Feature, ModelIndex, is_linear
+from .units import AttentionUnit, FeedForwardUnit, Misfit
 
 
 def hidden_group(
@@ -30,8 +32,8 @@ def hidden_group(
         misfits: Structures that are not understood, in which the stream may be cut into heads.
     """
     try:
-        for one in misfits:
-            raise _Unclear(one.path, one.reason)
+        if (cut := next((one for one in misfits if one.cuts_stream), None)) is not None:
+            raise _Unclear(cut.path, cut.reason)
         size, features = _features(index, units)
     except _Unclear as unclear:
         return Misfit(unclear.where, ("hidden",), unclear.reason)
@@ -74,21 +76,53 @@ def _features(index: ModelIndex, units: Sequence[AttentionUnit | FeedForwardUnit
 def _width(index: ModelIndex, units: Sequence[AttentionUnit | FeedForwardUnit]) -> int:
     """The width of the one stream that all units share and an output layer reads."""
     config: Any = getattr(index.model, "config", None)
-    if getattr(config, "add_cross_attention", False) and not config.is_encoder_decoder:
+    if _reads_another_model(index, units, config):
         raise _Unclear("", written.CROSS_ATTENTION_REASON)
-    sizes = {length for unit in units for length in unit.stream_widths()}
+    if len(getattr(config, "sub_configs", ())) > 1 and not getattr(config, "is_encoder_decoder", False):
+        raise _Unclear("", written.COMPOSITE_REASON)
+    if type(index.model).__name__ in _base_classes():
+        raise _Unclear("", written.HEADLESS_REASON)
+    _check_fixed_positions(index, sizes := {length for unit in units for length in unit.stream_widths()})
     if len(sizes) != 1:
         raise _Unclear("", f"the stream has several widths, {sorted(sizes)}" if sizes else "no unit states its width")
     size = sizes.pop()
-    if not any(_reads_out(index, path, size) for path in index.modules):
+    own = {feature.tensor for unit in units for feature in (*unit.stream_features(), *unit.features)}
+    if not any(_reads_out(index, path, size, own) for path in index.modules):
         raise _Unclear("", written.HEADLESS_REASON)
     return size
 
 
-def _reads_out(index: ModelIndex, path: str, size: int) -> bool:
+def _reads_another_model(index: ModelIndex, units: Sequence[AttentionUnit | FeedForwardUnit], config: Any) -> bool:
+    """Whether the model attends to hidden states that come from outside of it."""
+    if getattr(config, "is_encoder_decoder", False):
+        return False
+    taken = "encoder_hidden_states" in inspect.signature(type(index.model).forward).parameters
+    crossing = any(re.search(written.CROSS_ATTENTION_NAMES, unit.path) for unit in units)
+    return bool(getattr(config, "add_cross_attention", False) or (taken and crossing))
+
+
+@cache
+def _base_classes() -> frozenset[str]:
+    """Classes of transformers that put out their hidden states, without a task head."""
+    names = MODEL_MAPPING_NAMES.values()
+    return frozenset(name for one in names for name in ((one,) if isinstance(one, str) else one))
+
+
+def _check_fixed_positions(index: ModelIndex, sizes: set[int]) -> None:
+    """Refuse position embeddings that are computed and no parameter, which cannot move."""
+    for path, module in index.modules.items():
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor) and value.is_floating_point() and value.dim() and value.shape[-1] in sizes:
+                raise _Unclear(path, written.FIXED_TENSOR_REASON.format(name=name))
+        bare = not index.below(path) and re.search(written.FIXED_POSITION_NAMES, type(module).__name__)
+        if bare and any(value in sizes for value in vars(module).values() if isinstance(value, int)):
+            raise _Unclear(path, written.FIXED_TENSOR_REASON.format(name=type(module).__name__))
+
+
+def _reads_out(index: ModelIndex, path: str, size: int, own: set[str]) -> bool:
     """Whether a linear map outside the layers turns the stream into something else, as a task head does."""
     projection = index.projection(path)
-    if projection is None or projection.inputs % size:
+    if projection is None or projection.inputs % size or projection.weight in own:
         return False
     named = re.sub(r"\.\d+$", "", path).rpartition(".")[2] in written.OUTPUT_LAYERS
     return named or (layer_of(path) is None and projection.outputs != size)
@@ -103,6 +137,8 @@ def _parameter(index: ModelIndex, name: str, size: int) -> list[Feature]:
         return _linear(index, path, leaf, size)
     if isinstance(module, nn.Embedding) and len(shape) == 2:
         return [Feature(name, "n s")] if shape[1] == size else []
+    if shape and shape[-1] > size and shape[-1] % size == 0 and not convolution:
+        raise _Unclear(path, f"parameter {leaf} of shape {list(shape)} may hold {size} channels several times")
     if size not in shape:
         return []
     roles: dict[int, Role] = {len(shape) - 1: "other"}
@@ -121,8 +157,9 @@ def _linear(index: ModelIndex, path: str, leaf: str, size: int) -> list[Feature]
     if projection is None:
         return []
     name = path.rpartition(".")[2]
-    produced = projection.outputs == size and name not in written.OUTPUT_LAYERS
-    if produced and name not in written.INTERNAL_LAYERS and (layer_of(path) is None or projection.inputs == size):
+    inside = layer_of(path) is not None
+    produced = projection.outputs == size and (inside or name not in written.OUTPUT_LAYERS)
+    if produced and name not in written.INTERNAL_LAYERS and (not inside or projection.inputs == size):
         raise _Unclear(path, "whether its outputs are the stream's channels cannot be told")
     if leaf == "bias":
         return [Feature(f"{path}.bias", "s", "producer")] if produced else []
