@@ -24,7 +24,7 @@ from .errors import (
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .architectures import channel_groups
+    from .architectures import AttentionPattern, FeedForwardPattern, channel_groups, register_architecture
     from .callback import SPPCallback
     from .channels import ChannelGroup, ChannelMap, Member, Refusal
     from .comparison.evaluation import compare_methods
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AssetError",
+    "AttentionPattern",
     "CalibrationError",
     "CallbackError",
     "CardError",
@@ -43,6 +44,7 @@ __all__ = [
     "DatasetError",
     "EqualFunctionError",
     "ExampleInputsError",
+    "FeedForwardPattern",
     "HubError",
     "IllegalAxisError",
     "Member",
@@ -60,12 +62,15 @@ __all__ = [
     "apply_spp",
     "channel_groups",
     "compare_methods",
+    "register_architecture",
 ]
 
 # What needs torch is imported when it is first used, so that the command line answers at once.
 _HOMES = {
+    "AttentionPattern": "architectures",
     "ChannelGroup": "channels",
     "ChannelMap": "channels",
+    "FeedForwardPattern": "architectures",
     "Member": "channels",
     "Refusal": "channels",
     "Reordering": "reordering",
@@ -74,6 +79,7 @@ _HOMES = {
     "apply_spp": "transform",
     "channel_groups": "architectures",
     "compare_methods": "comparison.evaluation",
+    "register_architecture": "architectures",
 }
 
 

@@ -158,12 +158,21 @@ class ChannelMap:
         """Axes that have at least one group, in the order of first appearance."""
         return tuple(dict.fromkeys(group.axis for group in self.groups))
 
-    def select(self, axes: Iterable[str]) -> "ChannelMap":
-        """The part of the map that concerns the given axes."""
-        axes = tuple(axes)
+    @property
+    def towers(self) -> tuple[str, ...]:
+        """Parts of the model that hold groups, by the first step of their path: encoder, decoder, vision_tower, …."""
+        return tuple(dict.fromkeys(group.name.partition(".")[0] for group in self.groups if "." in group.name))
+
+    def select(self, axes: Iterable[str], towers: Iterable[str] | None = None) -> "ChannelMap":
+        """The part of the map that concerns the given axes, in the whole model or the modules below the given paths."""
+        axes, prefixes = tuple(axes), None if towers is None else tuple(f"{tower}." for tower in towers)
+
+        def chosen(axis: str, place: str) -> bool:
+            return axis in axes and (prefixes is None or f"{place}.".startswith(prefixes))
+
         return ChannelMap(
-            tuple(group for group in self.groups if group.axis in axes),
-            tuple(refusal for refusal in self.refused if refusal.axis in axes),
+            tuple(group for group in self.groups if chosen(group.axis, group.name)),
+            tuple(refusal for refusal in self.refused if chosen(refusal.axis, refusal.where)),
         )
 
 

@@ -33,6 +33,9 @@ class SPPConfig:
     Attributes:
         axes: Axes to reorder, of `qk`, `vo`, `heads`, `ffn`, `experts`, `hidden`. None means every axis that is legal
             for the model except `hidden`, which changes the meaning of hidden states and must be asked for by name.
+        towers: Parts of the model to reorder, as paths of modules below the base model: `("vision_tower",)` of a
+            vision-language model, `("encoder",)` of an encoder-decoder. None means all; `channel_groups(model).towers`
+            lists the topmost.
         metric: How channels are scored. `l1` and `l2` use the weights, `random` draws an order from `seed`,
             `activation` and `taylor` need calibration data. None picks `activation` when calibration data is given
             and `l1` otherwise; the reordering's own config then states which. A callable gets the group and its
@@ -45,6 +48,7 @@ class SPPConfig:
     """
 
     axes: tuple[str, ...] | None = None
+    towers: tuple[str, ...] | None = None
     metric: Metric | None = None
     calibration_batches: int | None = 32
     verify: bool = True
@@ -57,6 +61,13 @@ class SPPConfig:
                 raise SPPConfigError(f"axes={self.axes!r} is no tuple of axis names. Give axes=('qk', 'ffn').")
             object.__setattr__(self, "axes", tuple(self.axes))
             self._check_axes(self.axes)
+        if self.towers is not None:
+            named = isinstance(self.towers, Sequence) and not isinstance(self.towers, str)
+            if not named or not self.towers or not all(isinstance(tower, str) and tower for tower in self.towers):
+                raise SPPConfigError(
+                    f"towers={self.towers!r} is no tuple of module paths. Give towers=('encoder',), or None for all."
+                )
+            object.__setattr__(self, "towers", tuple(self.towers))
         if not (self.metric is None or callable(self.metric) or self.metric in METRICS):
             raise SPPConfigError(
                 f"metric={self.metric!r} is unknown. Known: {', '.join(METRICS)}, or a callable "
@@ -116,7 +127,8 @@ class SPPConfig:
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain JSON types, with the format's version."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        values["axes"] = None if self.axes is None else list(self.axes)
+        for name in ("axes", "towers"):
+            values[name] = None if values[name] is None else list(values[name])
         if callable(self.metric):
             values["metric"] = {"callable": self.metric_name}
         return {"format_version": FORMAT_VERSION, **values}
@@ -141,8 +153,9 @@ class SPPConfig:
         metric = values.get("metric")
         if isinstance(metric, Mapping):
             values["metric"] = _missing_callable(str(metric.get("callable")))
-        if isinstance(values.get("axes"), list):
-            values["axes"] = tuple(values["axes"])
+        for name in ("axes", "towers"):
+            if isinstance(values.get(name), list):
+                values[name] = tuple(values[name])
         return cls(**values)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> Path:

@@ -1,15 +1,12 @@
 """Attention units: explaining what hangs on the heads, and what the code of a module ties them to."""
 
-import inspect
 import re
 from collections import defaultdict
 from collections.abc import Iterator
 
-from torch import nn
-
 from . import patterns as written
 from .groups import fits
-from .index import Feature, ModelIndex, join
+from .index import Feature, ModelIndex, code_names, join
 from .projections import find_attention
 from .units import ATTENTION_AXES, AttentionUnit, Misfit
 
@@ -53,7 +50,7 @@ def _explained(index: ModelIndex, unit: AttentionUnit) -> AttentionUnit | Misfit
             if name in known:
                 continue
             relative = name[len(place) + 1 :] if place else name
-            found = _side(index, place, relative, unit.sizes)
+            found = _side(index, place, relative, unit)
             if found is None:
                 return Misfit(unit.path, ATTENTION_AXES, f"parameter {index.short(name)} is not understood")
             unit.features += found
@@ -65,14 +62,15 @@ def _explained(index: ModelIndex, unit: AttentionUnit) -> AttentionUnit | Misfit
     return unit
 
 
-def _side(index: ModelIndex, place: str, relative: str, sizes: dict[str, int]) -> list[Feature] | None:
+def _side(index: ModelIndex, place: str, relative: str, unit: AttentionUnit) -> list[Feature] | None:
     """What a parameter beside the projections holds: features, nothing of the heads, or None if unknown."""
-    stem = relative.removesuffix(".weight").removesuffix(".bias")
-    if any(f"{relative}.".startswith(f"{beside}.") for beside in written.ATTENTION_BESIDE):
+    stem, sizes = relative.removesuffix(".weight").removesuffix(".bias"), unit.sizes
+    own, beside = ((), ()) if unit.pattern is None else (unit.pattern.sides.items(), unit.pattern.beside)
+    if any(f"{relative}.".startswith(f"{one}.") for one in (*beside, *written.ATTENTION_BESIDE)):
         return []
     name = join(place, relative)
     shape = tuple(index.tensors[name].shape)
-    for names, layouts in written.ATTENTION_SIDES:
+    for names, layouts in (*(((one,), (layout,)) for one, layout in own), *written.ATTENTION_SIDES):
         if relative not in names and stem not in names:
             continue
         projection = index.projection(join(place, stem)) if stem != relative else None
@@ -88,10 +86,13 @@ def _side(index: ModelIndex, place: str, relative: str, sizes: dict[str, int]) -
 def _judge(index: ModelIndex, unit: AttentionUnit) -> None:
     """Refuse the axes that the code of the module ties to something that does not move."""
     module = index.modules[unit.owner]
-    names, arguments = _code_names(module)
-    if any(re.search(written.ROTARY_NAMES, name) for name in names):
+    names, arguments = code_names(module)
+    stated = None if unit.pattern is None else unit.pattern.rotary
+    if any(re.search(written.ROTARY_NAMES, name) for name in names) if stated is None else stated:
         unit.refused.setdefault("qk", written.ROTARY_REASON)
     tied = [name for name in arguments if name in written.PER_HEAD_ARGUMENTS]
+    if not any(re.search(written.HEAD_TABLE_NAMES, name) for name in index.parameters):
+        tied = [name for name in tied if name not in written.TABLE_ARGUMENTS]
     if tied and not unit.has_table and not hasattr(module, "has_relative_attention_bias"):
         for axis in ("heads", "qk"):
             unit.refused.setdefault(axis, written.PER_HEAD_REASON.format(argument=tied[0]))
@@ -105,16 +106,9 @@ def _judge(index: ModelIndex, unit: AttentionUnit) -> None:
         heads = unit.sizes["k"] * unit.sizes["r"]
         if buffer.is_floating_point() and heads > 1 and heads in buffer.shape and name not in explained:
             unit.refused.setdefault("heads", written.HEAD_BUFFER_REASON.format(name=index.short(name)))
-    for axis, reason in written.ATTENTION_EXCEPTIONS.get(type(module).__name__, {}).items():
-        unit.refused.setdefault(axis, reason)
-
-
-def _code_names(module: nn.Module) -> tuple[list[str], list[str]]:
-    """Names that a module's forward uses, and its arguments."""
-    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-    if code is None:
-        return [], []
-    return [*code.co_names, *code.co_varnames], list(code.co_varnames[: code.co_argcount])
+    for holder in (module, index.modules.get(unit.owner.rpartition(".")[0])):
+        for axis, reason in written.ATTENTION_EXCEPTIONS.get(type(holder).__name__, {}).items():
+            unit.refused.setdefault(axis, reason)
 
 
 def _tie_heads(index: ModelIndex, units: list[AttentionUnit]) -> None:

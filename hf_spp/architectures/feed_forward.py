@@ -7,6 +7,7 @@ from torch import nn
 from . import patterns as written
 from .groups import fits
 from .index import Feature, ModelIndex, join
+from .registry import FeedForwardPattern
 from .units import FeedForwardUnit, Misfit
 
 
@@ -39,9 +40,13 @@ def feed_forward_units(index: ModelIndex, claimed: set[str]) -> tuple[list[FeedF
 
 def _match(index: ModelIndex, path: str, module: nn.Module) -> FeedForwardUnit | Misfit | None:
     misfit = None
+    for pattern in index.patterns:
+        if isinstance(pattern, FeedForwardPattern) and index.has(path, pattern.children):
+            index.matched.append(pattern)
+            return _unit(index, path, pattern.inner, pattern.output, pattern)
     for inner, output in written.FEED_FORWARD:
         children = (*inner, output)
-        if any(join(path, child) not in index.modules for child in children):
+        if not index.has(path, children):
             continue
         if children[0] == "0" and not _is_chain(module, int(output)):
             continue
@@ -52,7 +57,9 @@ def _match(index: ModelIndex, path: str, module: nn.Module) -> FeedForwardUnit |
     return misfit
 
 
-def _unit(index: ModelIndex, path: str, inner: tuple[str, ...], output: str) -> FeedForwardUnit | Misfit | None:
+def _unit(
+    index: ModelIndex, path: str, inner: tuple[str, ...], output: str, pattern: FeedForwardPattern | None = None
+) -> FeedForwardUnit | Misfit | None:
     projections = []
     for child in (*inner, output):
         projection = index.projection(join(path, child))
@@ -72,11 +79,15 @@ def _unit(index: ModelIndex, path: str, inner: tuple[str, ...], output: str) -> 
         return Misfit(path, ("ffn",), f"{output} does not read what {' and '.join(inner)} write")
     features = [feature for one in readers for feature in one.produce(layout)] + writer.consume("m")
     unit = FeedForwardUnit(path, neurons, features, readers, [writer])
+    unit.beside = () if pattern is None else pattern.beside
     owners = {join(path, child).rpartition(".")[0] for child in (*inner, output)}
     for name in [name for owner in owners for name in index.below(owner)]:
         relative = name[len(path) + 1 :] if path else name
         stem = relative.removesuffix(".weight").removesuffix(".bias")
-        if stem in written.FEED_FORWARD_SIDES or stem.rpartition(".")[0] in written.FEED_FORWARD_SIDES:
+        stated = None if pattern is None else pattern.sides.get(relative, pattern.sides.get(stem))
+        if stated is not None and fits(stated, tuple(index.tensors[name].shape), {"m": neurons}):
+            unit.features.append(Feature(name, stated))
+        elif stem in written.FEED_FORWARD_SIDES or stem.rpartition(".")[0] in written.FEED_FORWARD_SIDES:
             layout_found = _side_layout(tuple(index.tensors[name].shape), neurons)
             if layout_found is None:
                 return Misfit(path, ("ffn",), f"parameter {index.short(name)} is not understood")
@@ -108,6 +119,8 @@ def _unexplained(index: ModelIndex, unit: FeedForwardUnit, path: str, claimed: s
         shape = index.tensors[name].shape
         if name in others or shape.numel() == 1:
             continue
+        if any(f"{name}.".startswith(f"{join(path, one)}.") for one in unit.beside):
+            continue
         # A module with other units in it is a layer, whose other parameters see the stream.
         leaf = type(index.modules[name.rpartition(".")[0]]).__module__.startswith("torch.nn")
         on_stream = others or leaf or streams.intersection(shape)
@@ -138,6 +151,10 @@ def _own_forward(index: ModelIndex, path: str, name: str) -> bool:
 def _experts(index: ModelIndex, path: str, module: nn.Module) -> FeedForwardUnit | Misfit | None:
     for inner, output in written.EXPERTS:
         names = [join(path, name) for name in (*inner, output)]
+        if all(name in index.tensors and index.tensors[name].dim() == 2 for name in names):
+            counts = (getattr(module, name, None) for name in written.EXPERT_COUNT_ATTRIBUTES)
+            if (experts := next((count for count in counts if isinstance(count, int)), None)) is not None:
+                return _flat_expert_unit(index, path, names, experts)
         if all(name in index.tensors and index.tensors[name].dim() == 3 for name in names):
             return _expert_unit(index, path, module, names[:-1], names[-1])
     return None
@@ -176,6 +193,20 @@ def _expert_unit(
         for one in features
         if re.search(r"\b[io]\b", one.layout)
     ]
+    _find_router(index, unit)
+    return unit
+
+
+def _flat_expert_unit(index: ModelIndex, path: str, names: list[str], experts: int) -> FeedForwardUnit | Misfit:
+    """Experts whose matrices `[neurons, stream]` lie below each other in one."""
+    rows = {tuple(index.tensors[name].shape) for name in names}
+    if len(rows) != 1 or next(iter(rows))[0] % experts or set(index.below(path)) != set(names):
+        return Misfit(path, ("ffn", "experts"), "the experts' matrices do not fit each other")
+    features = [Feature(name, "(x m) i", "producer") for name in names[:-1]] + [
+        Feature(names[-1], "(x m) o", "consumer")
+    ]
+    unit = FeedForwardUnit(path, next(iter(rows))[0] // experts, features, experts=experts)
+    unit.stacked = [Feature(one.tensor, "(x m) s", one.role) for one in features]
     _find_router(index, unit)
     return unit
 

@@ -1,5 +1,6 @@
 """A model's modules and parameters by path, and the linear maps among them, on any device with or without values."""
 
+import inspect
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from ..channels import Role
 from ..errors import UnsupportedModelError
 from .patterns import LINEAR_WRAPPERS, PLAIN_LINEAR_CLASSES
+from .registry import Pattern, registered_patterns
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -74,7 +76,10 @@ class ModelIndex:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.model_type: str = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+        self.model_type = model_type_of(model)
+        self.patterns = registered_patterns(model) or ()
+        self.matched: list[Pattern] = []
+        """Registered patterns that fitted somewhere."""
         self.modules = dict(model.named_modules())
         self.parameters: dict[str, nn.Parameter] = {}
         """Every parameter by its first name, so that a shared one moves once."""
@@ -128,9 +133,18 @@ class ModelIndex:
         bias = f"{path}.bias" if getattr(module, "bias", None) is not None else None
         return Projection(f"{path}.weight", bias, layout, inputs, outputs)
 
+    def has(self, path: str, children: Iterable[str]) -> bool:
+        """Whether a module has all of these children."""
+        return all(join(path, child) in self.modules for child in children)
+
     def first_of(self, path: str, names: Iterable[str]) -> str | None:
         """The first of the names that is a child of a module."""
         return next((name for name in names if join(path, name) in self.modules), None)
+
+
+def model_type_of(model: nn.Module) -> str:
+    """The model type that a config states, or the name of the class where there is none."""
+    return str(getattr(getattr(model, "config", None), "model_type", type(model).__name__))
 
 
 def is_linear(module: nn.Module | None) -> TypeGuard[nn.Linear]:
@@ -144,6 +158,14 @@ def is_linear(module: nn.Module | None) -> TypeGuard[nn.Linear]:
 def join(path: str, relative: str) -> str:
     """A path below another one, which may be empty."""
     return f"{path}.{relative}" if path and relative else path or relative
+
+
+def code_names(module: nn.Module) -> tuple[list[str], list[str]]:
+    """Names that a module's forward uses, and its arguments."""
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    if code is None:
+        return [], []
+    return [*code.co_names, *code.co_varnames], list(code.co_varnames[: code.co_argcount])
 
 
 def _put(layout: str, axis: str, features: str) -> str:

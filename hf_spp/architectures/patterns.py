@@ -29,6 +29,10 @@ SEPARATE_PROJECTIONS = (
 # One projection that stacks q, k and v: whole blocks, or the three side by side for each key-value head.
 FUSED_BLOCKS = ("qkv", "Wqkv", "qkv_proj", "c_attn")
 FUSED_HEADS = ("query_key_value",)
+# One that many kinds of modules have; it is attention where this parameter stands beside it.
+FUSED_WITH = {"in_proj": "q_bias"}
+# Parameters `[stream, heads, head size]` in place of linear layers.
+PARAMETER_PROJECTIONS = {"q": "i (k r) d", "k": "i k d", "v": "i k e", "o": "o (k r) e"}
 # A projection of q beside one that stacks k and v.
 QUERY_AND_FUSED = (("to_q", "to_kv"), ("q_proj", "kv_proj"), ("q", "kv"))
 # Latent attention: keys and values are expanded from one small vector.
@@ -56,10 +60,12 @@ ATTENTION_SIDES = (
      ("d", "(k d)", "k d", "1 d")),
     (("v_norm",), ("e", "(k e)", "k e")),
     (("inner_attn_ln", "attn_sub_norm", "sub_norm"), ("(k r e)",)),
-    (("gate_proj", "g_proj"), ("(k r e)", "(k r)")),
+    (("gate_proj", "g_proj", "gate_bias"), ("(k r e)", "(k r)")),
     (("sinks", "logit_scale", "attention_sinks", "sink"), ("(k r)", "(k r) 1 1", "1 (k r) 1 1", "1 (k r) 1")),
-    (("bias_u", "bias_v", "pos_bias_u", "pos_bias_v"), ("(k r) d", "(k r d)")),
-    (("linear_pos", "relative_k_proj", "pos_proj", "pos_key_proj", "pos_query_proj"), ("(k r d)",)),
+    (("bias_u", "bias_v", "pos_bias_u", "pos_bias_v", "r_w_bias", "r_r_bias", "r_s_bias"), ("(k r) d", "(k r d)")),
+    (("linear_pos", "relative_k_proj", "pos_proj", "pos_q_proj", "pos_key_proj", "pos_query_proj",
+      "relative_position_embedding.pos_proj"), ("(k r d)",)),
+    (("r", "r_kernel", "seg_embed"), ("n (k r) d",)),
     (("relative_attention_bias.weight", "relative_position_bias_table",
       "relative_position_bias.relative_position_bias_table"), ("n (k r)",)),
     (("rel_attn_embed.weight",), ("n (k r)",)),
@@ -79,13 +85,13 @@ ATTENTION_SIDES = (
 # Those of them that read the residual stream, and no positions.
 STREAM_READING_SIDES = (
     "gate_proj", "g_proj", "query_global", "key_global", "value_global", "w2e_query", "e2w_query", "e2e_query",
-    "pos_key_proj", "pos_query_proj",
+    "pos_key_proj", "pos_query_proj", "pos_proj", "pos_q_proj",
 )  # fmt: skip
 # What stands in an attention module and sees the residual stream or positions, never a head.
 ATTENTION_BESIDE = (
     "LayerNorm", "layer_norm", "layernorm", "ln", "pre_norm", "norm", "sr", "sequence_reduction", "spatial_reduction",
     "indexer", "q_a_proj", "q_a_layernorm", "kv_a_proj_with_mqa", "kv_a_layernorm", "continuous_position_bias_mlp.0",
-    "norm_media", "norm_latents", "layer_norm_kv", "dense_bias", "convolution_projection_query",
+    "layernorm1", "layernorm2", "k_rope_only_layernorm", "norm_media", "norm_latents", "layer_norm_kv", "dense_bias", "convolution_projection_query",
     "convolution_projection_key", "convolution_projection_value", "gru_rel_pos_linear",
 )  # fmt: skip
 # Tables outside the attention modules that add a bias per head to every layer below the same module.
@@ -103,7 +109,9 @@ SHARED_HEAD_TABLES = {
 # Names of parameters outside of every attention that may add a bias per head.
 HEAD_TABLE_NAMES = r"(?i)bias_(values|table)|rel(ative)?_?(pos|att|bias)|rpb|(pos(ition)?|attention)_bias|alibi|slope"
 # Arguments of a forward that carry a bias per head from elsewhere.
-PER_HEAD_ARGUMENTS = ("alibi", "position_bias", "rel_pos", "rel_2d_pos", "relative_position_bias", "attention_bias")
+PER_HEAD_ARGUMENTS = ("alibi", "position_bias", "rel_pos", "rel_2d_pos", "attention_bias", "relative_position_bias")
+# Those that carry learned tables, and nothing where the model has none.
+TABLE_ARGUMENTS = ("rel_pos", "rel_2d_pos", "relative_position_bias")
 # Names in the code of a forward that rotate q and k.
 ROTARY_NAMES = r"rotary|rope|rotate|^cos$|^sin$|freqs|sinusoidal"
 
@@ -140,6 +148,7 @@ FEED_FORWARD = (
     (("gate_proj",), "down_proj"),
     (("intermediate_query.dense",), "output_query.dense"),
     (("fc1.proj",), "fc2"),
+    (("layer_1",), "layer_2"),
     (("0",), "2"),
     (("0",), "3"),
 )  # fmt: skip
@@ -159,6 +168,7 @@ MIXER_REASON = "a state-space or linear-attention mixer, of which no pattern is 
 ROTARY_VALUE_REASON = "rotary position embedding turns the values as well"
 SHARED_KEYS_REASON = "keys and values are shared with other layers"
 CROSS_ATTENTION_REASON = "cross-attention reads the states of another model, which keep their order"
+BETWEEN_REASON = "parameter {name} has the heads between other dimensions"
 SHARED_REASON = "a parameter is shared with another unit whose other parameters are its own"
 COMPOSITE_REASON = (
     "the model is made of several, whose residual streams are not told apart; reorder the parts one by one"
@@ -185,6 +195,7 @@ MIXER_PARAMETERS = ("A_log", "time_decay", "dt_bias", "igate_preact")
 # What the code of a module does that its structure does not show.
 ATTENTION_EXCEPTIONS = {
     "AutoformerAttention": {"heads": "it averages over heads"},
+    "Kosmos2ImageToTextProjection": {"heads": "its attention weights are an output of the model"},
     "EfficientLoFTRAttention": {"heads": "rotary frequencies run over all heads"},
     "BigBirdBlockSparseAttention": {"heads": "each head attends to random blocks of its own"},
     "BigBirdPegasusBlockSparseAttention": {"heads": "each head attends to random blocks of its own"},
@@ -194,10 +205,12 @@ ATTENTION_EXCEPTIONS = {
 }
 
 # Experts: matrices stacked in a first dimension.
+EXPERT_COUNT_ATTRIBUTES = ("moe_num_experts", "num_experts")
 EXPERTS = (
     (("gate_up_proj",), "down_proj"),
     (("gate_proj", "up_proj"), "down_proj"),
     (("up_proj",), "down_proj"),
+    (("w1", "v1"), "w2"),
     (("input_linear.weight",), "output_linear.weight"),
 )
 ROUTERS = ("gate", "router")

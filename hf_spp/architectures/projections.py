@@ -5,13 +5,14 @@ from collections.abc import Iterator
 from torch import nn
 
 from . import patterns as written
-from .index import Feature, ModelIndex, Projection, join
+from .index import Feature, ModelIndex, Projection, code_names, join
+from .registry import AttentionPattern
 from .units import ATTENTION_AXES, AttentionUnit, Misfit
 
 
 def find_attention(index: ModelIndex, path: str, module: nn.Module) -> AttentionUnit | Misfit | None:
     """The attention whose projections a module holds, not yet explained; None if it holds none."""
-    for find in (_multihead, _separate, _latent, _query_and_fused, _fused, _deformable):
+    for find in (_registered, _multihead, _parameters, _separate, _latent, _query_and_fused, _fused, _deformable):
         if (found := find(index, path, module)) is not None:
             return found
     return None
@@ -20,9 +21,38 @@ def find_attention(index: ModelIndex, path: str, module: nn.Module) -> Attention
 # Finding the projections
 
 
+def _registered(index: ModelIndex, path: str, module: nn.Module) -> AttentionUnit | Misfit | None:
+    for pattern in index.patterns:
+        if not isinstance(pattern, AttentionPattern) or not index.has(path, pattern.children):
+            continue
+        index.matched.append(pattern)
+        found = [index.projection(join(path, child)) for child in dict.fromkeys(pattern.children)]
+        for child, projection in zip(pattern.children, found, strict=False):
+            if projection is None:
+                return _wrapped(index, path, child)
+        heads = pattern.heads if isinstance(pattern.heads, int) else getattr(module, pattern.heads, None)
+        *inner, output = [projection for projection in found if projection is not None]
+        if not isinstance(heads, int) or heads < 1 or output.inputs % heads:
+            return Misfit(
+                path, ATTENTION_AXES,
+                f"heads={pattern.heads!r} gives {heads!r}, into which the {output.inputs} inputs of {pattern.output} "
+                "cannot be cut",
+            )  # fmt: skip
+        if len(inner) == 1:
+            parts = _fused_parts(inner[0], pattern.fused, heads, output)
+            if parts is None:
+                return Misfit(path, ATTENTION_AXES, f"{pattern.query} does not stack q, k and v of {heads} heads")
+            inner = [*parts]
+        unit = _unit(index, path, module, inner[0], inner[1], inner[2], heads=[heads], outputs=[output])
+        if isinstance(unit, AttentionUnit):
+            unit.pattern = pattern
+        return unit
+    return None
+
+
 def _separate(index: ModelIndex, path: str, module: nn.Module) -> AttentionUnit | Misfit | None:
     for query, key, value in written.SEPARATE_PROJECTIONS:
-        if all(join(path, child) in index.modules for child in (query, key)):
+        if index.has(path, (query, key)):
             children = [query, key] + ([value] if join(path, value) in index.modules else [])
             return _build(index, path, module, children)
     return None
@@ -45,43 +75,65 @@ def _wrapped(index: ModelIndex, path: str, child: str) -> Misfit:
     return Misfit(path, ATTENTION_AXES, f"{child} is a {kind}, no plain linear layer")
 
 
+def _parameters(index: ModelIndex, path: str, module: nn.Module) -> AttentionUnit | Misfit | None:
+    names = {join(path, name): layout for name, layout in written.PARAMETER_PROJECTIONS.items()}
+    if not all(name in index.tensors and index.tensors[name].dim() == 3 for name in names):
+        return None
+    (query, key, value, output) = (tuple(index.tensors[name].shape) for name in names)
+    if not query[:2] == value[:2] == output[:2] or query[1] % key[1] or value[2] != output[2]:
+        return Misfit(path, ATTENTION_AXES, "the parameters q, k, v and o do not fit each other")
+    sizes = {"k": key[1], "r": query[1] // key[1], "d": query[2], "e": value[2]}
+    features = [Feature(name, layout, "consumer" if "o" in layout else "producer") for name, layout in names.items()]
+    unit = AttentionUnit(path, path, sizes, features, known=set(names))
+    unit.refused["hidden"] = written.BETWEEN_REASON.format(name=index.short(join(path, "q")))
+    return unit
+
+
 def _fused(index: ModelIndex, path: str, module: nn.Module) -> AttentionUnit | Misfit | None:
-    child = index.first_of(path, (*written.FUSED_BLOCKS, *written.FUSED_HEADS))
-    if child is None or index.first_of(path, written.OUTPUT_PROJECTIONS) is None:
+    with_bias = [name for name, bias in written.FUSED_WITH.items() if join(path, bias) in index.tensors]
+    child = index.first_of(path, (*written.FUSED_BLOCKS, *written.FUSED_HEADS, *with_bias))
+    if child is None or not any(_outputs(index, path, (child,))):
         return None
     fused = index.projection(join(path, child))
     if fused is None:
         return _wrapped(index, path, child)
     dims, counts = _head_sizes(index, path)
-    layout = written.FUSED_LAYOUTS.get(type(module).__name__, "heads" if child in written.FUSED_HEADS else "blocks")
+    usual = "blocks" if child in written.FUSED_BLOCKS else "heads"
+    layout = written.FUSED_LAYOUTS.get(type(module).__name__, usual)
     outputs = [o for o in _outputs(index, path, (child,)) if o is not None]
     for output in outputs:
         for heads in [*counts, *(output.inputs // d for d in dims if output.inputs % d == 0)]:
-            if output.inputs % heads or fused.outputs % (dim := output.inputs // heads):
-                continue
-            rest = fused.outputs // dim - heads
-            if rest <= 0 or rest % 2 or heads % (shared := rest // 2):
-                continue
-            parts = _split(fused, layout, heads, shared, dim)
-            if parts is None:
-                return Misfit(path, ATTENTION_AXES, f"the layout {layout!r} of {child} is not understood")
-            return _unit(index, path, module, *parts)
+            if (parts := _fused_parts(fused, layout, heads, output)) is not None:
+                return _unit(index, path, module, *parts)
     return Misfit(
         path, ATTENTION_AXES, f"{child} does not stack q, k and v of the heads that the output projection reads"
     )
 
 
-def _split(fused: Projection, layout: str, heads: int, shared: int, dim: int) -> tuple[Projection, ...] | None:
-    """The query, key and value parts of a fused projection."""
+def _fused_parts(
+    fused: Projection, layout: str, heads: int, output: Projection
+) -> tuple[Projection, Projection, Projection] | None:
+    """The query, key and value parts of a fused projection, None if it does not stack them."""
+    if output.inputs % heads or fused.outputs % (dim := output.inputs // heads):
+        return None
+    rest = fused.outputs // dim - heads
+    if rest <= 0 or rest % 2 or heads % (shared := rest // 2):
+        return None
+    return _split(fused, layout, heads, shared, dim)
+
+
+def _split(
+    fused: Projection, layout: str, heads: int, shared: int, dim: int
+) -> tuple[Projection, Projection, Projection] | None:
     q, kv = heads * dim, shared * dim
     if layout == "blocks":
         return fused.part(0, q), fused.part(q, q + kv), fused.part(q + kv, q + 2 * kv)
     if layout == "heads":
         chunk, q = (heads // shared + 2) * dim, heads // shared * dim
-        return tuple(fused.part(*part, chunk) for part in ((0, q), (q, q + dim), (q + dim, q + 2 * dim)))
+        return fused.part(0, q, chunk), fused.part(q, q + dim, chunk), fused.part(q + dim, q + 2 * dim, chunk)
     if layout == "quarters" and heads == shared and heads % 4 == 0:
-        quarter = q // 4
-        return tuple(fused.part(part * quarter, (part + 1) * quarter, 3 * quarter) for part in (0, 2, 1))
+        one, two, three = q // 4, q // 2, 3 * q // 4
+        return fused.part(0, one, three), fused.part(two, three, three), fused.part(one, two, three)
     return None
 
 
@@ -154,19 +206,19 @@ def _deformable(index: ModelIndex, path: str, module: nn.Module) -> AttentionUni
 
 
 def _unit(
-    index: ModelIndex, path: str, module: nn.Module, query: Projection, key: Projection, value: Projection | None
-) -> AttentionUnit | Misfit | None:
-    dims, counts = _head_sizes(index, path)
+    index: ModelIndex, path: str, module: nn.Module, query: Projection, key: Projection, value: Projection | None,
+    heads: list[int] | None = None, outputs: list[Projection] | None = None,
+) -> AttentionUnit | Misfit:  # fmt: skip
+    """The unit that the projections make, with given numbers of heads and outputs or those that the module shows."""
+    dims, counts = _head_sizes(index, path) if heads is None else ([], heads)
     if not dims and not counts:
         return Misfit(path, ATTENTION_AXES, "neither the head size nor the number of heads is stated")
     taken = {one.weight.removesuffix(".weight") for one in (query, key, value) if one is not None}
-    found = None
-    for output in _outputs(index, path, tuple(taken)):
-        found = _fit(query, key, value, output, dims, counts)
-        if found is not None:
-            break
+    choices = [*_outputs(index, path, tuple(taken))] if outputs is None else [*outputs]
+    fits = ((output, fit) for output in choices if (fit := _fit(query, key, value, output, dims, counts)) is not None)
+    output, found = next(fits, (None, None))
     if found is None:
-        read = [o.inputs for o in _outputs(index, path, tuple(taken)) if o is not None]
+        read = [one.inputs for one in choices if one is not None]
         rows = [one.outputs for one in (query, key, value) if one is not None]
         return Misfit(
             path, ATTENTION_AXES,
@@ -175,6 +227,8 @@ def _unit(
         )  # fmt: skip
     sizes, gated = found
     features: list[Feature] = []
+    if gated and not any("gate" in name for name in code_names(module)[0]):
+        return Misfit(path, ATTENTION_AXES, "q has twice as many rows as the heads need")
     if gated:
         width = 2 * sizes["d"]
         features += query.part(0, sizes["d"], width).produce("(k r d)")
@@ -235,7 +289,7 @@ def _fit(
 def _head_sizes(index: ModelIndex, path: str) -> tuple[list[int], list[int]]:
     """Head sizes and numbers of heads that the module states, or the one around it."""
     module, parent = index.modules[path], index.modules.get(path.rpartition(".")[0])
-    for owner in (module, parent):
+    for owner in (module, parent, getattr(module, "config", None)):
         dims, counts = (
             [value for name in names if isinstance(value := getattr(owner, name, None), int) and value > 0]
             for names in (written.HEAD_DIM_ATTRIBUTES, written.HEAD_COUNT_ATTRIBUTES)

@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from ..channels import ChannelGroup, ChannelMap, Member, Refusal
@@ -18,17 +19,18 @@ from .attention import attention_units
 from .feed_forward import feed_forward_units
 from .index import ModelIndex
 from .patterns import SHARED_REASON
+from .registry import registered_patterns
 from .stream import hidden_group
 from .units import AttentionUnit, FeedForwardUnit, Misfit
 
 
-def channel_groups(model: PreTrainedModel) -> ChannelMap:
+def channel_groups(model: nn.Module) -> ChannelMap:
     """Resolve which channels of a model may move together.
 
     Reads names, shapes and code only, so a model on the meta device answers as well.
 
     Args:
-        model: A transformers model, with or without a task head.
+        model: A transformers model, with or without a task head, or any module whose class is registered.
 
     Returns:
         The groups of every axis, and what may not move with the reason.
@@ -50,6 +52,12 @@ def channel_groups(model: PreTrainedModel) -> ChannelMap:
             "`hf-spp architectures` lists what is supported; register_architecture adds more."
         )
     groups: list[ChannelGroup] = []
+    for pattern in index.patterns:
+        if pattern not in index.matched:
+            raise UnsupportedArchitectureError(
+                f"{pattern!r}, registered for {type(model).__name__}, fits no module: none has the children "
+                f"{', '.join(pattern.children)}. Give names relative to the module that holds them."
+            )
     units: list[AttentionUnit | FeedForwardUnit] = [*attentions, *feed_forwards]
     for unit in units:
         groups += unit.groups(index)
@@ -63,11 +71,14 @@ def channel_groups(model: PreTrainedModel) -> ChannelMap:
     return ChannelMap(tuple(groups), _summarize([*refused, *shared]))
 
 
-def _checked(model: Any) -> PreTrainedModel:
-    if not isinstance(model, PreTrainedModel):
+def _checked(model: Any) -> nn.Module:
+    if not isinstance(model, PreTrainedModel) and not (
+        isinstance(model, nn.Module) and registered_patterns(model) is not None
+    ):
         raise UnsupportedModelError(
-            f"A {type(model).__name__} was given; a transformers PreTrainedModel is needed. "
-            "Unwrap it first (accelerator.unwrap_model, or the .module of a parallel wrapper)."
+            f"A {type(model).__name__} was given; a transformers PreTrainedModel is needed, or a module whose class is "
+            "registered. Unwrap it first (accelerator.unwrap_model, or the .module of a parallel wrapper), or call "
+            f"register_architecture({type(model).__name__}, …)."
         )
     if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
         raise UnsupportedModelError(

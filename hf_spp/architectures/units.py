@@ -1,11 +1,14 @@
 """What a model is made of: attention and feed-forward units, and structures that are not understood."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from ..channels import ChannelGroup
+from . import patterns as written
 from .groups import group_of, layer_of, tokens
 from .index import Feature, ModelIndex, Projection
+from .registry import AttentionPattern
 
 ATTENTION_AXES = ("qk", "vo", "heads")
 
@@ -39,6 +42,7 @@ class AttentionUnit:
         refused: Reason by axis that may not move.
         readers: Projections that read the residual stream.
         writers: Projections that write it.
+        pattern: The registered pattern that it follows, if any.
         known: Parameters of its own projections beside those of readers and writers.
         scope: Modules whose parameters hang on it, all of which must be explained.
         tie: Where heads of several units move together, the name of their stack.
@@ -51,6 +55,7 @@ class AttentionUnit:
     refused: dict[str, str] = field(default_factory=dict)
     readers: list[Projection] = field(default_factory=list)
     writers: list[Projection] = field(default_factory=list)
+    pattern: AttentionPattern | None = None
     known: set[str] = field(default_factory=set)
     scope: list[str] = field(default_factory=list)
     tie: str | None = None
@@ -68,6 +73,11 @@ class AttentionUnit:
     def groups(self, index: ModelIndex) -> Iterator[ChannelGroup]:
         """The channel groups of every axis that may move."""
         name, layer = index.short(self.path), layer_of(self.path)
+        for axis, rows in (("qk", "d"), ("vo", "e")):
+            # A gather per head needs the heads in the first dimension, or in the same one as their rows.
+            between = (f.tensor for f in self.features if re.search(rf"\S .*\bk\b.*(\) |k ){rows}\b", f.layout))
+            if (tensor := next(between, None)) is not None:
+                self.refused.setdefault(axis, written.BETWEEN_REASON.format(name=index.short(tensor)))
         k, r, d, e = (self.sizes[size] for size in "krde")
         heads = f"{index.short(self.tie) if self.tie else name}.heads"
         if r == 1:
@@ -101,6 +111,7 @@ class FeedForwardUnit:
     router: list[Feature] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)
     stacked: list[Feature] = field(default_factory=list)
+    beside: tuple[str, ...] = ()
 
     def stream_features(self) -> list[Feature]:
         """Where its projections read and write the residual stream `s`."""
