@@ -65,7 +65,12 @@ def _unit(
         projection = index.projection(join(path, child))
         if projection is None:
             module = index.modules[join(path, child)]
-            if isinstance(module, (nn.ModuleList, nn.Sequential)) or join(path, f"{child}.dense") in index.modules:
+            bare = next(module.parameters(), None) is None
+            if (
+                bare
+                or isinstance(module, (nn.ModuleList, nn.Sequential))
+                or join(path, f"{child}.dense") in index.modules
+            ):
                 return None
             return Misfit(path, ("ffn",), f"{child} is a {type(module).__name__}, no plain linear layer")
         projections.append(projection)
@@ -89,9 +94,10 @@ def _unit(
             unit.features.append(Feature(name, stated))
         elif stem in written.FEED_FORWARD_SIDES or stem.rpartition(".")[0] in written.FEED_FORWARD_SIDES:
             layout_found = _side_layout(tuple(index.tensors[name].shape), neurons)
-            if layout_found is None:
+            if layout_found is None and any(length % neurons == 0 for length in index.tensors[name].shape):
                 return Misfit(path, ("ffn",), f"parameter {index.short(name)} is not understood")
-            unit.features.append(Feature(name, layout_found))
+            if layout_found is not None:
+                unit.features.append(Feature(name, layout_found))
     return unit
 
 

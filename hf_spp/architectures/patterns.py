@@ -91,7 +91,8 @@ STREAM_READING_SIDES = (
 ATTENTION_BESIDE = (
     "LayerNorm", "layer_norm", "layernorm", "ln", "pre_norm", "norm", "sr", "sequence_reduction", "spatial_reduction",
     "indexer", "q_a_proj", "q_a_layernorm", "kv_a_proj_with_mqa", "kv_a_layernorm", "continuous_position_bias_mlp.0",
-    "layernorm1", "layernorm2", "k_rope_only_layernorm", "norm_media", "norm_latents", "layer_norm_kv", "dense_bias", "convolution_projection_query",
+    "layernorm1", "layernorm2", "k_rope_only_layernorm",
+    "norm_media", "norm_latents", "layer_norm_kv", "dense_bias", "convolution_projection_query",
     "convolution_projection_key", "convolution_projection_value", "gru_rel_pos_linear",
 )  # fmt: skip
 # Tables outside the attention modules that add a bias per head to every layer below the same module.
@@ -187,9 +188,13 @@ FUSED_LAYOUTS = {
     "CodeGenAttention": "quarters",
     "GPTBigCodeAttention": "heads",
 }
+# Arguments of a model that bring hidden states of another one.
+OUTSIDE_STATES = ("encoder_hidden_states", "encoder_outputs", "cross_attention_states")
 # Cross-attention by the name of its module, and position embeddings by the name of their class.
 CROSS_ATTENTION_NAMES = r"(?i)cross|encoder_attn|encoder_decoder|encdec"
 FIXED_POSITION_NAMES = r"Sinus|Position(?!.*Rotary)"
+# The same for settings of a config, where classes change with the length of the input.
+CONFIG_EXCEPTIONS = {("attention_type", "block_sparse"): {"heads": "each head attends to random blocks of its own"}}
 # Parameters that mark a mixer of tokens other than attention.
 MIXER_PARAMETERS = ("A_log", "time_decay", "dt_bias", "igate_preact")
 # What the code of a module does that its structure does not show.
@@ -197,8 +202,6 @@ ATTENTION_EXCEPTIONS = {
     "AutoformerAttention": {"heads": "it averages over heads"},
     "Kosmos2ImageToTextProjection": {"heads": "its attention weights are an output of the model"},
     "EfficientLoFTRAttention": {"heads": "rotary frequencies run over all heads"},
-    "BigBirdBlockSparseAttention": {"heads": "each head attends to random blocks of its own"},
-    "BigBirdPegasusBlockSparseAttention": {"heads": "each head attends to random blocks of its own"},
     "ClvpSelfAttention": {"vo": "rotary position embedding turns the values as well"},
     "WavLMAttention": dict.fromkeys(("heads", "hidden"), "a gate per head reads the stream's channels at its place"),
     "DiffLlamaAttention": dict.fromkeys(("heads", "vo"), "the two halves of the heads are paired"),
@@ -225,7 +228,18 @@ STREAM_NORMS = (
     "layernorm_after", "pre_layer_norm", "post_layer_norm", "input_layernorm", "post_attention_layernorm",
     "pre_feedforward_layernorm", "post_feedforward_layernorm",
 )  # fmt: skip
-ELEMENTWISE = ("ReLU", "GELU", "SiLU", "Tanh", "Sigmoid", "Dropout", "GELUActivation", "QuickGELU", "LeakyReLU")
+ELEMENTWISE = (
+    "Identity",
+    "ReLU",
+    "GELU",
+    "SiLU",
+    "Tanh",
+    "Sigmoid",
+    "Dropout",
+    "GELUActivation",
+    "QuickGELU",
+    "LeakyReLU",
+)
 
 # Linear layers of a head whose outputs are the model's, so no stream even where they are as many as its channels.
 OUTPUT_LAYERS = (

@@ -78,7 +78,8 @@ def _width(index: ModelIndex, units: Sequence[AttentionUnit | FeedForwardUnit]) 
     config: Any = getattr(index.model, "config", None)
     if _reads_another_model(index, units, config):
         raise _Unclear("", written.CROSS_ATTENTION_REASON)
-    if len(getattr(config, "sub_configs", ())) > 1 and not getattr(config, "is_encoder_decoder", False):
+    parts = [part for part in getattr(config, "sub_configs", {}).values() if getattr(part, "model_type", "auto") != ""]
+    if len(parts) > 1 and not getattr(config, "is_encoder_decoder", False):
         raise _Unclear("", written.COMPOSITE_REASON)
     if type(index.model).__name__ in _base_classes():
         raise _Unclear("", written.HEADLESS_REASON)
@@ -96,7 +97,8 @@ def _reads_another_model(index: ModelIndex, units: Sequence[AttentionUnit | Feed
     """Whether the model attends to hidden states that come from outside of it."""
     if getattr(config, "is_encoder_decoder", False):
         return False
-    taken = "encoder_hidden_states" in inspect.signature(type(index.model).forward).parameters
+    arguments = inspect.signature(type(index.model).forward).parameters
+    taken = any(name in arguments for name in written.OUTSIDE_STATES)
     crossing = any(re.search(written.CROSS_ATTENTION_NAMES, unit.path) for unit in units)
     return bool(getattr(config, "add_cross_attention", False) or (taken and crossing))
 
