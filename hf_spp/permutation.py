@@ -155,4 +155,5 @@ def _blocks_after(group: ChannelGroup, orders: Orders) -> Tensor:
     """Which original block lies at each place after `orders`, `[blocks]`."""
     if group.parent is None or group.parent not in orders:
         return torch.arange(group.blocks)
-    return orders[group.parent].flatten()
+    parent = orders[group.parent]
+    return (parent + torch.arange(len(parent)).unsqueeze(1) * parent.shape[-1]).flatten()

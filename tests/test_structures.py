@@ -147,15 +147,17 @@ def test_random_blocks_of_each_head_keep_heads_in_place():
         assert ("heads" in channel_groups(model).axes) is legal
 
 
-def test_experts_in_fixed_groups_stay():
+def test_experts_that_the_router_chooses_in_groups_move_inside_their_group():
     built = build("deepseek_v3")
     for module in built.model.modules():
         if hasattr(module, "num_group"):
-            module.num_group = 2
-    groups = channel_groups(built.model)
-    assert "experts" not in groups.axes
-    assert "fixed groups" in reasons(groups, "experts")
-    assert "ffn" in groups.axes
+            module.num_group, module.topk_group = 2, 1
+    blocks = {(group.blocks, group.size) for group in channel_groups(built.model) if group.axis == "experts"}
+    assert blocks == {(2, 2)}
+    findings = judge_model(built.model, built.inputs)
+    assert findings["experts"].verdict == findings["ffn"].verdict == "equal"
+    model = build("deepseek_v3").model.double()
+    assert apply_spp(model, SPPConfig(axes=("ffn", "experts"), metric="random"), example_inputs=built.inputs).changed
 
 
 def test_a_rotation_of_the_values_keeps_them_in_place():

@@ -102,7 +102,7 @@ def _judge(index: ModelIndex, unit: AttentionUnit) -> None:
     if getattr(module, written.ROTARY_VALUE_ATTRIBUTE, False):
         unit.refused.setdefault("vo", written.ROTARY_VALUE_REASON)
     explained = {feature.tensor for feature in unit.features}
-    for name, buffer in module.named_buffers(prefix=unit.owner):
+    for name, buffer in module.named_buffers(prefix=unit.owner, recurse=False):
         heads = unit.sizes["k"] * unit.sizes["r"]
         if buffer.is_floating_point() and heads > 1 and heads in buffer.shape and name not in explained:
             unit.refused.setdefault("heads", written.HEAD_BUFFER_REASON.format(name=index.short(name)))

@@ -237,10 +237,10 @@ def _find_router(index: ModelIndex, unit: FeedForwardUnit) -> None:
         return
     place = join(parent, child)
     modules = [module for path, module in index.modules.items() if path == place or path.startswith(f"{place}.")]
-    for module in (*modules, index.modules[parent]):
-        if any(isinstance(n := getattr(module, name, None), int) and n > 1 for name in written.ROUTER_GROUPS):
-            unit.refused["experts"] = written.ROUTER_GROUPS_REASON
-            return
+    stated = [
+        getattr(module, name, None) for module in (*modules, index.modules[parent]) for name in written.ROUTER_GROUPS
+    ]
+    unit.expert_groups = max([1, *(count for count in stated if isinstance(count, int))])
     scored = False
     for name, tensor in index.tensors.items():
         owner = name.rpartition(".")[0]

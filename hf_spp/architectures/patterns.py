@@ -219,7 +219,6 @@ EXPERTS = (
 ROUTERS = ("gate", "router")
 ROUTER_GROUPS = ("n_group", "num_group", "num_expert_group")
 NO_ROUTER_REASON = "no router with one row for each expert stands beside the experts"
-ROUTER_GROUPS_REASON = "the router chooses among fixed groups of experts"
 ROUTER_TABLE_REASON = "the router looks experts up in a table: {name}"
 # Norms beside a feed-forward that are of the residual stream even where that is as wide as the neurons are many.
 STREAM_NORMS = (

@@ -108,6 +108,7 @@ class FeedForwardUnit:
     readers: list[Projection] = field(default_factory=list)
     writers: list[Projection] = field(default_factory=list)
     experts: int | None = None
+    expert_groups: int = 1
     router: list[Feature] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)
     stacked: list[Feature] = field(default_factory=list)
@@ -132,5 +133,16 @@ class FeedForwardUnit:
         yield group_of(
             f"{name}.ffn", "ffn", layer, self.experts, self.neurons, self.features, {"x": "b", "m": "c"}, parent
         )
-        if "experts" not in self.refused:
-            yield group_of(parent, "experts", layer, 1, self.experts, [*self.features, *self.router], {"x": "c"})
+        if "experts" in self.refused or self.experts % self.expert_groups:
+            return
+        features, names = [*self.features, *self.router], {"x": "c"}
+        if self.expert_groups > 1:  # a router that chooses among groups of experts keeps each in its group
+            features = [replace(one, layout=_grouped(one.layout)) for one in features]
+            names = {"g": "b", "x": "c"}
+        size = self.experts // self.expert_groups
+        yield group_of(parent, "experts", layer, self.expert_groups, size, features, names)
+
+
+def _grouped(layout: str) -> str:
+    """A layout over experts `x` with their groups `g` named as well."""
+    return layout.replace("(x ", "(g x ") if "(x " in layout else re.sub(r"\bx\b", "(g x)", layout)
