@@ -48,7 +48,7 @@ STRUCTURES = {
     "deberta": "qk vo heads ffn hidden",
     # torch's own attention, latent attention, parameters in place of layers.
     "siglip_vision_model": "qk vo heads ffn",
-    "deepseek_v3": "vo heads ffn experts hidden",
+    "deepseek_v3": "qk vo heads ffn experts hidden",
     "xlnet": "heads ffn",
     # A second set of projections for some tokens only; positions in keys; rotation before the projection.
     "longformer": "qk vo heads ffn hidden",

@@ -88,7 +88,8 @@ def _judge(index: ModelIndex, unit: AttentionUnit) -> None:
     module = index.modules[unit.owner]
     names, arguments = code_names(module)
     stated = None if unit.pattern is None else unit.pattern.rotary
-    if any(re.search(written.ROTARY_NAMES, name) for name in names) if stated is None else stated:
+    rotary = any(re.search(written.ROTARY_NAMES, name) for name in names) if stated is None else stated
+    if rotary and not unit.rotates_apart:
         unit.refused.setdefault("qk", written.ROTARY_REASON)
     tied = [name for name in arguments if name in written.PER_HEAD_ARGUMENTS]
     if not any(re.search(written.HEAD_TABLE_NAMES, name) for name in index.parameters):

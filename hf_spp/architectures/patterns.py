@@ -157,7 +157,6 @@ FEED_FORWARD = (
 FEED_FORWARD_SIDES = ("dwconv", "depthwise_conv", "dwconv.dwconv", "ffn_layernorm", "ffn_sub_norm", "grn")
 
 ROTARY_REASON = "rotary position embedding: each frequency belongs to a fixed row of q and k"
-LATENT_REASON = "latent attention: rotary rows of q and k stay, and those without a rotation are left with them"
 DEFORMABLE_REASON = "deformable attention compares no queries with keys"
 KEYS_AS_VALUES_REASON = "the keys serve as values"
 NO_OUTPUT_REASON = "no output projection reads the heads"

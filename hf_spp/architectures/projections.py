@@ -179,10 +179,14 @@ def _latent(index: ModelIndex, path: str, module: nn.Module) -> AttentionUnit | 
     heads = expand.outputs // chunk
     if expand.outputs % chunk or output.inputs != heads * value or query.outputs % heads:
         return Misfit(path, ATTENTION_AXES, "latent attention whose parts do not fit each other")
-    sizes = {"k": heads, "r": 1, "d": query.outputs // heads, "e": value}
-    features = query.produce("(k r d)") + output.consume("(k r e)")
-    features += expand.part(0, nope, chunk).produce("(k n)") + expand.part(nope, chunk, chunk).produce("(k e)")
-    unit = AttentionUnit(path, path, sizes, features, {"qk": written.LATENT_REASON})
+    rows = query.outputs // heads
+    if rows <= nope:
+        return Misfit(path, ATTENTION_AXES, "latent attention whose queries have no rotary part")
+    # Each head of q and k has rows without rotation first, which may move, and then rows with it.
+    sizes = {"k": heads, "r": 1, "d": nope, "e": value}
+    features = query.part(0, nope, rows).produce("(k r d)") + query.part(nope, rows, rows).produce("(k r n)")
+    features += expand.part(0, nope, chunk).produce("(k d)") + expand.part(nope, chunk, chunk).produce("(k e)")
+    unit = AttentionUnit(path, path, sizes, [*features, *output.consume("(k r e)")], rotates_apart=True)
     first = (index.projection(join(path, one)) for one in written.LATENT_READERS)
     unit.readers, unit.writers = [one for one in first if one is not None], [output]
     unit.known = {*query.tensors, *expand.tensors, *output.tensors}

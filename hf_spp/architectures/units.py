@@ -45,6 +45,7 @@ class AttentionUnit:
         pattern: The registered pattern that it follows, if any.
         known: Parameters of its own projections beside those of readers and writers.
         scope: Modules whose parameters hang on it, all of which must be explained.
+        rotates_apart: Whether the rows `d` of q and k are those that no position rotates.
         tie: Where heads of several units move together, the name of their stack.
     """
 
@@ -60,6 +61,7 @@ class AttentionUnit:
     scope: list[str] = field(default_factory=list)
     tie: str | None = None
     has_table: bool = False
+    rotates_apart: bool = False
 
     def stream_features(self) -> list[Feature]:
         """Where its projections read and write the residual stream `s`."""
