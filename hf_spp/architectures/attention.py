@@ -8,6 +8,7 @@ from . import patterns as written
 from .groups import fits
 from .index import Feature, ModelIndex, code_names, join
 from .projections import find_attention
+from .registry import FeedForwardPattern
 from .units import ATTENTION_AXES, AttentionUnit, Misfit
 
 
@@ -66,7 +67,8 @@ def _side(index: ModelIndex, place: str, relative: str, unit: AttentionUnit) -> 
     """What a parameter beside the projections holds: features, nothing of the heads, or None if unknown."""
     stem, sizes = relative.removesuffix(".weight").removesuffix(".bias"), unit.sizes
     own, beside = ((), ()) if unit.pattern is None else (unit.pattern.sides.items(), unit.pattern.beside)
-    if any(f"{relative}.".startswith(f"{one}.") for one in (*beside, *written.ATTENTION_BESIDE)):
+    neighbours = [child for one in index.patterns if isinstance(one, FeedForwardPattern) for child in one.children]
+    if any(f"{relative}.".startswith(f"{one}.") for one in (*beside, *neighbours, *written.ATTENTION_BESIDE)):
         return []
     name = join(place, relative)
     shape = tuple(index.tensors[name].shape)
@@ -92,7 +94,7 @@ def _judge(index: ModelIndex, unit: AttentionUnit) -> None:
     if rotary and not unit.rotates_apart:
         unit.refused.setdefault("qk", written.ROTARY_REASON)
     tied = [name for name in arguments if name in written.PER_HEAD_ARGUMENTS]
-    if not any(re.search(written.HEAD_TABLE_NAMES, name) for name in index.parameters):
+    if tied and not any(re.search(written.HEAD_TABLE_NAMES, name) for name in index.parameters):
         tied = [name for name in tied if name not in written.TABLE_ARGUMENTS]
     if tied and not unit.has_table and not hasattr(module, "has_relative_attention_bias"):
         for axis in ("heads", "qk"):
