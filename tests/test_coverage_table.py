@@ -9,11 +9,13 @@ import time
 from pathlib import Path
 
 import coverage_table
+import judgement
 import pytest
 import torch
 import zoo
 from conftest import build_inputs, build_model, same_bits, weights_of
-from coverage_table import Finding, combine, judge_model, judge_types, random_orders, summarize
+from coverage_table import combine, judge_types, summarize
+from judgement import Finding, judge_model, random_orders
 from torch import nn
 
 from hf_spp import UnsupportedArchitectureError, channel_groups
@@ -55,8 +57,8 @@ def test_a_right_map_is_equal(name):
     for axis, finding in findings.items():
         if axis in channel_groups(model).axes:
             assert finding.verdict == "equal", finding
-            assert finding.difference <= coverage_table.TOLERANCE
-            assert finding.control > coverage_table.SHOWN
+            assert finding.difference <= judgement.TOLERANCE
+            assert finding.control > judgement.SHOWN
         else:
             assert finding.verdict == "refused"
             assert finding.reason
@@ -74,7 +76,7 @@ def test_a_group_that_forgets_a_tensor_is_wrong():
     ffn = [group.name for group in channel_groups(model) if group.axis == "ffn"]
     findings = judge(model, without_last_member(channel_groups(model), ffn[1]))
     assert findings["ffn"].verdict == "wrong"
-    assert findings["ffn"].difference > coverage_table.SHOWN
+    assert findings["ffn"].difference > judgement.SHOWN
     assert findings["ffn"].wrong_groups == [ffn[1]]
     assert findings["vo"].verdict == "equal"
 
@@ -200,8 +202,8 @@ def test_hidden_states_alone_may_not():
 
 def test_masks_in_an_output_do_not_hide_a_change():
     lowest = torch.finfo(torch.float64).min
-    assert coverage_table._relative(torch.tensor([1.0, lowest]), torch.tensor([1.5, lowest])) == 0.5
-    assert coverage_table._relative(torch.tensor([1.0, lowest]), torch.tensor([lowest, 1.0])) == float("inf")
+    assert judgement._relative(torch.tensor([1.0, lowest]), torch.tensor([1.5, lowest])) == 0.5
+    assert judgement._relative(torch.tensor([1.0, lowest]), torch.tensor([lowest, 1.0])) == float("inf")
 
 
 def test_random_orders_are_permutations_and_never_the_identity():
@@ -215,9 +217,9 @@ def test_units_are_known_by_the_names_of_their_modules():
     class GatedMLP(nn.Linear):
         pass
 
-    assert coverage_table.holds_units(nn.Sequential(nn.Linear(2, 2))) == (False, False)
-    assert coverage_table.holds_units(nn.Sequential(nn.MultiheadAttention(2, 1))) == (True, False)
-    assert coverage_table.holds_units(nn.Sequential(GatedMLP(2, 2))) == (False, True)
+    assert judgement.holds_units(nn.Sequential(nn.Linear(2, 2))) == (False, False)
+    assert judgement.holds_units(nn.Sequential(nn.MultiheadAttention(2, 1))) == (True, False)
+    assert judgement.holds_units(nn.Sequential(GatedMLP(2, 2))) == (False, True)
 
 
 # Types
@@ -285,19 +287,19 @@ def test_percentages_are_over_types_that_build_and_hold_units():
     ],
 )
 def test_a_process_that_does_not_finish_is_reported(monkeypatch, stage, ending, expected):
-    def judge_type(model_type, classes, cache, report):
+    def judge_type(model_type, classes, report):
         units = {"attention": True, "feed_forward": True}
         report("Model", {"stage": stage, **({"builds": True, **units} if stage == "judging" else {})})
         ending(30)
 
     monkeypatch.setattr(coverage_table, "judge_type", judge_type)
-    [(name, record)] = judge_types(["bert"], classes=1, jobs=1, limit_s=1.0, cache=None)
+    [(name, record)] = judge_types(["bert"], classes=1, jobs=1, limit_s=1.0)
     assert name == "bert"
     assert (record["axes"]["ffn"] if record["builds"] else record["reason"]) == expected
 
 
 def test_names_without_indices():
-    assert coverage_table.without_indices("h.0.mlp2.experts.13.ffn") == "h.*.mlp2.experts.*.ffn"
+    assert judgement.without_indices("h.0.mlp2.experts.13.ffn") == "h.*.mlp2.experts.*.ffn"
 
 
 # The zoo

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 import zoo
-from coverage_table import judge_model
+from judgement import judge_model
 
 from hf_spp import SPPConfig, SPPError, UnsupportedArchitectureError, apply_spp, channel_groups
 from hf_spp.config import AXES
