@@ -1,7 +1,10 @@
 """What depends on the version of transformers or torch, in one place."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
@@ -25,3 +28,20 @@ def accept_checkpoint_names(model: PreTrainedModel) -> None:
                 state_dict[renamed] = state_dict.pop(name)
 
     model.register_load_state_dict_pre_hook(rename)  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def eager_experts(model: nn.Module) -> Iterator[None]:
+    """Run experts one by one inside the block, as their own code says, not through a fused implementation."""
+    name = "_experts_implementation_internal"
+    configs = {
+        id(config): config for module in model.modules() if hasattr(config := getattr(module, "config", None), name)
+    }
+    before = {key: getattr(config, name) for key, config in configs.items()}
+    try:
+        for config in configs.values():
+            setattr(config, name, "eager")
+        yield
+    finally:
+        for key, config in configs.items():
+            setattr(config, name, before[key])

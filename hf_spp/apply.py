@@ -1,6 +1,8 @@
-"""The only code that writes weights: gather each tensor once, in place."""
+"""The only code that writes weights: gather each tensor once, in place, and vary constant ones for a while."""
 
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +12,9 @@ Indices = Mapping[str, Mapping[int, Tensor]]
 # Tensors are gathered a piece at a time: both copies of a piece stay in a processor's cache, and no more is held.
 _PIECE_BYTES = 2 << 20
 _ACCELERATOR_PIECE_BYTES = 64 << 20
+# A constant as large as this is a mark, such as the value of a mask, and no weight.
+_LARGEST_WEIGHT = 1e4
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @torch.no_grad()
@@ -57,6 +62,58 @@ def gather_model(model: nn.Module, indices: Indices) -> None:
         if name in indices and parameter.grad is not None:
             tensors[f"{name}.grad"], moves[f"{name}.grad"] = parameter.grad, indices[name]
     gather_tensors(tensors, moves)
+
+
+@contextmanager
+def varied_constants(model: nn.Module, seed: int, indices: Indices | None = None) -> Iterator[None]:
+    """Let weights that are all the same differ while the block runs; afterwards every bit is as before.
+
+    Zero biases and unit norms of a fresh model look the same in every order, so they hide what became of theirs. Every
+    constant parameter, and buffer that is saved, holds random values instead, in place: the one value that comes back
+    is all that is kept.
+
+    Args:
+        model: The model; without constant weights nothing is written.
+        seed: Seed of the values, which also depend on the tensor's name and nothing else.
+        indices: What moved since the values of the same seed were there, so that they are where they had come to.
+    """
+    tensors = named_tensors(model)
+    for path, module in model.named_modules():
+        for name in module._non_persistent_buffers_set:
+            tensors.pop(f"{path}.{name}" if path else name, None)
+    constants = {name: value for name, tensor in tensors.items() if (value := _constant(tensor)) is not None}
+    try:
+        with torch.no_grad():
+            for name, value in constants.items():
+                _vary(tensors[name], value, zlib.crc32(f"{seed}:{name}".encode()))
+        gather_tensors(tensors, {name: dims for name, dims in (indices or {}).items() if name in constants})
+        yield
+    finally:
+        with torch.no_grad():
+            for name, value in constants.items():
+                tensors[name].fill_(value)
+
+
+def _constant(tensor: Tensor) -> Tensor | None:
+    """The value that all entries of a tensor have, bit for bit; None if they differ or are no weights."""
+    # Entries that share memory cannot be written one by one.
+    if not tensor.is_floating_point() or tensor.numel() < 2 or 0 in tensor.stride():
+        return None
+    bits = tensor.view(_INTEGERS[tensor.element_size()])
+    # Trained weights differ within their first row; the others are read once.
+    for part in (bits[(0,) * (bits.dim() - 1)], bits):
+        low, high = part.aminmax()
+        if not bool(low == high):
+            return None
+    value = tensor[(0,) * tensor.dim()].clone()
+    return value if abs(float(value)) < _LARGEST_WEIGHT else None
+
+
+def _vary(tensor: Tensor, value: Tensor, seed: int) -> None:
+    """Fill a tensor with random values around one, in place."""
+    reach = max(abs(float(value)), 1.0) / 2
+    generator = torch.Generator(tensor.device).manual_seed(seed)
+    tensor.uniform_(float(value) - reach, float(value) + reach, generator=generator)
 
 
 def _invert(dims: Mapping[int, Tensor]) -> dict[int, Tensor]:

@@ -5,7 +5,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .apply import gather_tensors, named_tensors
-from .architectures import channel_groups
+from .architectures import channel_groups, model_type_of
 from .errors import IllegalAxisError
 from .saliency import channel_sums
 
@@ -29,7 +29,7 @@ def pruning_rank(model: PreTrainedModel) -> None:
     groups = channel_groups(model).select(("qk",))
     if len(groups) == 0:
         raise IllegalAxisError(
-            f"{type(model).__name__} (model_type {model.config.model_type!r}) has no query and key rows that may move, "
+            f"{type(model).__name__} (model_type {model_type_of(model)!r}) has no query and key rows that may move, "
             "so the baseline 'pruning-rank' is not defined for it. Leave this method out."
         )
     tensors = named_tensors(model)

@@ -263,25 +263,41 @@ def card(
     show_places({"Card": [write_card(folder, source=base, fine_tuned=fine_tuned, overwrite=overwrite)]})
 
 
-@app.command(epilog=_examples("hf-spp architectures", "hf-spp architectures meta-llama/Llama-3.2-1B"))
+@app.command(
+    epilog=_examples(
+        "hf-spp architectures",
+        "hf-spp architectures --filter qwen",
+        "hf-spp architectures meta-llama/Llama-3.2-1B",
+        "hf-spp architectures qwen3_moe",
+    )
+)
 def architectures(
     model: Annotated[
-        str | None, typer.Argument(metavar="[MODEL]", help="Hub id or folder.", show_default=False)
+        str | None, typer.Argument(metavar="[MODEL]", help="Hub id, folder or model type.", show_default=False)
+    ] = None,
+    containing: Annotated[
+        str | None,
+        typer.Option("--filter", metavar="TEXT", help="List each model type whose name contains it; '' lists all."),
     ] = None,
 ) -> None:
     """List what may be reordered, and why the rest may not.
 
-    Without MODEL of all families, else of this one, whose config alone is read."""
+    Without MODEL by family, from a table made beforehand. Of a Hub id or folder only the config is read; a model type
+    such as qwen3_moe stands for its default config.
+    """
+    if model is None or containing is not None:
+        if model is not None:
+            raise SPPConfigError(
+                f"architectures got the model {model} and --filter. Accepted: one of them. Leave one out."
+            )
+        from .support.families import load_families
+
+        return show_families(load_families(), containing)
     with working("Starting"):
         from .architectures import channel_groups
-        from .loading import load_config, meta_model
-        from .support import family_maps
-    if model is None:
-        with working("Resolving"):
-            show_families(list(family_maps()))
-        return
-    described = meta_model(load_config(model))
-    show_map(type(described).__name__, channel_groups(described))
+        from .support.survey import find_model
+    described, origin = find_model(model)
+    show_map(described, channel_groups(described), origin)
 
 
 def main() -> None:

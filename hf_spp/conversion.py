@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from . import checkpoint
-from .apply import named_tensors
+from .apply import invert_indices, named_tensors
 from .architectures import channel_groups
 from .cards.reports import CHECKPOINT_NAME, checkpoint_method, write_card
 from .cards.results import ComparisonResults
@@ -139,7 +139,8 @@ def verify_checkpoint(source: str | os.PathLike[str]) -> Verification:
     witness = Witness(model, seed=reordering.config.seed)
     reordering.undo(model)
     hidden = reordering.orders.get("hidden")
-    proof = witness.compare(model, None if hidden is None else hidden.flatten().argsort())
+    undone = invert_indices(reordering.indices(model))
+    proof = witness.compare(model, None if hidden is None else hidden.flatten().argsort(), undone)
     tolerance = reordering.config.tolerance or default_tolerance(model)
     return Verification(reordering, proof, tolerance, _scores_match(model, reordering))
 

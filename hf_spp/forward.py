@@ -1,6 +1,7 @@
 """Running a model: without dropout, on its device and dtype, with its outputs as plain tensors."""
 
 import inspect
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -9,8 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ._compat import eager_experts
+
 # Outputs that hold per-layer internals, whose channels and heads are what a reordering moves.
-_INTERNAL_OUTPUTS = ("past_key_values", "attentions", "cross_attentions", "decoder_attentions", "encoder_attentions")
+_INTERNAL_OUTPUTS = re.compile(r"past_key_values|(\w+_)?attentions|(\w+_)?router_(logits|probs)")
 
 
 @contextmanager
@@ -32,6 +35,18 @@ def fixed_rng(model: nn.Module, seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=list(devices)):
         torch.manual_seed(seed)
         yield
+
+
+@contextmanager
+def unfused(model: nn.Module) -> Iterator[None]:
+    """Run experts and nn.MultiheadAttention inside the block as plain matrix products, which can be watched."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with eager_experts(model):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def accepted_arguments(model: nn.Module) -> tuple[str, ...]:
@@ -93,7 +108,7 @@ def output_tensors(output: Any, name: str = "") -> dict[str, Tensor]:
     if isinstance(output, Tensor):
         return {name or "output": output} if output.is_floating_point() else {}
     if isinstance(output, Mapping):
-        items = [(str(key), value) for key, value in output.items() if key not in _INTERNAL_OUTPUTS]
+        items = [(str(key), value) for key, value in output.items() if not _INTERNAL_OUTPUTS.fullmatch(key)]
     elif isinstance(output, (list, tuple)):
         items = [(str(index), value) for index, value in enumerate(output)]
     else:

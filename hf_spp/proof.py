@@ -1,6 +1,6 @@
 """The proof of equal function: run the model on small inputs before and after, and compare what it puts out."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -9,14 +9,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ._compat import eager_experts
+from .apply import Indices, varied_constants
+from .architectures import model_type_of
 from .errors import ExampleInputsError
-from .forward import Float64Throughout, accepted_arguments, evaluation_mode, fixed_rng, output_tensors, run_model
+from .example_inputs import example_inputs
+from .forward import Float64Throughout, evaluation_mode, fixed_rng, output_tensors, run_model
 from .saliency import check_finite
 
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 8e-2}
 """Largest accepted max|Δ| relative to the output's scale, by the dtype of the weights."""
-
-_TOKENS = 8
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,9 @@ class Proof:
 class Witness:
     """A model's outputs on fixed inputs, taken before a change, to compare with afterwards.
 
+    Weights that are all the same, as the biases and norms of a fresh model, look alike in every order; while the model
+    runs they hold random values, which move as they would.
+
     Args:
         model: The model before the change.
         inputs: A dict of forward arguments; None builds inputs from the model's config.
@@ -49,7 +54,8 @@ class Witness:
 
     def __init__(self, model: PreTrainedModel, inputs: Mapping[str, Any] | None = None, seed: int = 0) -> None:
         self.seed = seed
-        self.inputs, self.before = _first_that_runs(model, inputs, seed)
+        with varied_constants(model, seed):
+            self.inputs, self.before = _first_that_runs(model, inputs, seed)
         if not all(bool(value.isfinite().all()) for value in self.before.values()):
             check_finite(dict(model.named_parameters()))
             raise ExampleInputsError(
@@ -57,15 +63,19 @@ class Witness:
                 "Give example_inputs on which its outputs are finite."
             )
 
-    def compare(self, model: PreTrainedModel, hidden_order: Tensor | None = None) -> Proof:
+    def compare(
+        self, model: PreTrainedModel, hidden_order: Tensor | None = None, indices: Indices | None = None
+    ) -> Proof:
         """Run the model again and measure how far its outputs moved.
 
         Args:
             model: The same model, after the change.
             hidden_order: If the residual stream was reordered, its order `[hidden]`; outputs that are hidden states
                 are compared in that order.
+            indices: The change: the gather index of each moved dimension, by tensor name and dimension.
         """
-        after = _outputs(model, self.inputs, self.seed)
+        with varied_constants(model, self.seed, indices):
+            after = _outputs(model, self.inputs, self.seed)
         # Where hidden states are all that comes out, their order is part of the function.
         if all("hidden_state" in name for name in self.before):
             hidden_order = None
@@ -96,7 +106,7 @@ def _first_that_runs(
             "Give what you would call the model with, by argument name."
         )
     failure: Exception | None = None
-    for candidate in [inputs] if inputs is not None else _candidates(model, seed):
+    for candidate in [inputs] if inputs is not None else example_inputs(model, seed):
         try:
             outputs = _outputs(model, candidate, seed)
         except Exception as error:  # whatever a forward raises only means that these inputs do not suit it
@@ -111,7 +121,7 @@ def _first_that_runs(
             "Give a dict of arguments that its forward accepts."
         ) from failure
     raise ExampleInputsError(
-        f"No inputs on which {name} (model_type {model.config.model_type!r}) runs could be built from its config"
+        f"No inputs on which {name} (model_type {model_type_of(model)!r}) runs could be built from its config"
         f"{f': {failure}' if failure else ''}. Pass example_inputs=dict(...) of forward arguments, or switch the proof "
         "off by name with SPPConfig(verify=False)."
     ) from failure
@@ -120,82 +130,7 @@ def _first_that_runs(
 @torch.no_grad()
 def _outputs(model: PreTrainedModel, inputs: Mapping[str, Any], seed: int) -> dict[str, Tensor]:
     exact = Float64Throughout() if default_tolerance(model) == TOLERANCES[torch.float64] else nullcontext()
-    with evaluation_mode(model), fixed_rng(model, seed), exact:
+    # Fused experts are not made for every dtype.
+    with evaluation_mode(model), fixed_rng(model, seed), eager_experts(model), exact:
         found = output_tensors(run_model(model, inputs))
     return {name: value.double() if value.dtype == torch.float64 else value.float() for name, value in found.items()}
-
-
-def _candidates(model: PreTrainedModel, seed: int) -> Iterator[dict[str, Any]]:
-    """Forward arguments built from the config, the likeliest first; smaller ones before larger."""
-    accepted = accepted_arguments(model)
-    generator = torch.Generator().manual_seed(seed)
-    texts = list(_text_inputs(model, accepted, generator)) if "input_ids" in accepted else [{}]
-    if "pixel_values" in accepted:
-        for image in _image_inputs(model, accepted, generator):
-            for text in texts:
-                yield {**text, **image}
-    elif "input_features" in accepted or "input_values" in accepted:
-        for audio in _audio_inputs(model, accepted, generator):
-            for text in texts:
-                yield {**text, **audio}
-    elif texts != [{}]:
-        yield from texts
-
-
-def _text_inputs(
-    model: PreTrainedModel, accepted: tuple[str, ...], generator: torch.Generator
-) -> Iterator[dict[str, Any]]:
-    config = model.config.get_text_config()
-    vocabulary = getattr(config, "vocab_size", None)
-    if not isinstance(vocabulary, int) or vocabulary < 2:
-        return
-    for shape in ((1, _TOKENS), (1, 2, _TOKENS)):
-        ids = _token_ids(shape, vocabulary, config.eos_token_id, generator)
-        inputs = {"input_ids": ids}
-        if "decoder_input_ids" in accepted:
-            inputs["decoder_input_ids"] = _token_ids(shape, vocabulary, config.eos_token_id, generator)
-        yield inputs
-
-
-def _token_ids(shape: tuple[int, ...], vocabulary: int, end: Any, generator: torch.Generator) -> Tensor:
-    """Random tokens with the end-of-sequence token last and only there, as sequence classifiers expect."""
-    ids = torch.randint(0, vocabulary, shape, generator=generator)
-    if isinstance(end, int) and 0 <= end < vocabulary:
-        ids = torch.where(ids == end, (ids + 1) % vocabulary, ids)
-        ids[..., -1] = end
-    return ids
-
-
-def _image_inputs(
-    model: PreTrainedModel, accepted: tuple[str, ...], generator: torch.Generator
-) -> Iterator[dict[str, Any]]:
-    config = getattr(model.config, "vision_config", model.config)
-    channels = getattr(config, "num_channels", 3)
-    size, patch = _pair(getattr(config, "image_size", 224)), _pair(getattr(config, "patch_size", 16))
-    few_patches = (2 * patch[0], 2 * patch[1])
-    if "interpolate_pos_encoding" in accepted:
-        pixels = torch.randn(1, channels, *few_patches, generator=generator)
-        yield {"pixel_values": pixels, "interpolate_pos_encoding": True}
-    for height, width in (few_patches, size):
-        yield {"pixel_values": torch.randn(1, channels, height, width, generator=generator)}
-
-
-def _audio_inputs(
-    model: PreTrainedModel, accepted: tuple[str, ...], generator: torch.Generator
-) -> Iterator[dict[str, Any]]:
-    name = "input_features" if "input_features" in accepted else "input_values"
-    bins = getattr(model.config, "num_mel_bins", None)
-    positions = getattr(model.config, "max_source_positions", None)
-    if isinstance(bins, int):
-        frames = [64, getattr(model.config, "max_length", None)]
-        if isinstance(positions, int):
-            frames = [2 * positions, positions, *frames]
-        for length in (length for length in frames if isinstance(length, int)):
-            for shape in ((1, bins, length), (1, length, bins)):
-                yield {name: torch.randn(shape, generator=generator)}
-    for samples in (2400, 16000):
-        yield {name: torch.randn(1, samples, generator=generator)}
-
-
-def _pair(value: Any) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from . import checkpoint, hub
 from .apply import gather_model, invert_indices, named_tensors
-from .architectures import channel_groups
+from .architectures import channel_groups, model_type_of
 from .channels import Refusal
 from .config import AXES, CONFIG_NAME, FORMAT_VERSION, SPPConfig, check_format_version
 from .errors import (
@@ -109,7 +109,7 @@ class Reordering:
                 f"This {type(model).__name__} is {state}, so this reordering cannot be undone on it. "
                 "Undo the last reordering first, or load the reordered checkpoint again."
             )
-        gather_model(model, invert_indices(self._indices(model)))
+        gather_model(model, invert_indices(self.indices(model)))
         remember(model, () if history is None else history[:-1])
 
     def apply(self, model: PreTrainedModel) -> None:
@@ -126,15 +126,23 @@ class Reordering:
             raise OrdersError(
                 f"This {type(model).__name__} is already in the order of this reordering. Apply it to the original."
             )
-        gather_model(model, self._indices(model))
+        gather_model(model, self.indices(model))
         remember(model, (*history, self.digest))
 
-    def _indices(self, model: PreTrainedModel) -> dict[str, dict[int, Tensor]]:
+    def indices(self, model: PreTrainedModel) -> dict[str, dict[int, Tensor]]:
+        """The gather index of each dimension that this reordering moves in a model, by tensor name and dimension.
+
+        Args:
+            model: A model of the kind that this reordering was made for.
+
+        Raises:
+            OrdersError: The orders do not fit this model.
+        """
         groups = channel_groups(model)
         check_writable(model)
-        if model.config.model_type != self.model_type:
+        if model_type_of(model) != self.model_type:
             raise OrdersError(
-                f"These orders belong to a {self.model_type} model; a {model.config.model_type} model "
+                f"These orders belong to a {self.model_type} model; a {model_type_of(model)} model "
                 f"({type(model).__name__}) was given. Use the orders that were saved with this checkpoint."
             )
         check_orders(groups, self.orders)

@@ -1,7 +1,10 @@
 """What the command line prints: tables and places on standard output, spinners on standard error."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import re
+import textwrap
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,11 +12,22 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
+
+from .errors import SPPConfigError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from .cards.results import ComparisonResults
-    from .channels import ChannelMap
+    from .channels import ChannelMap, Refusal
     from .conversion import Verification
+    from .support.families import Families, Row
+
+VERDICT_STYLES = {"yes": "green", "part": "yellow", "no": "red"}
+# Verdicts that fewer families share are not in the short list.
+COMMON = 5
+MOST_PLACES = 4
 
 
 def out() -> Console:
@@ -93,39 +107,71 @@ def show_verification(found: "Verification") -> None:
         out().print("[bold red]Differs:[/] undoing the order changes what the model computes.")
 
 
-def show_families(maps: "Sequence[tuple[str, ChannelMap]]") -> None:
-    """Print families by axes, with the reasons where one may not move."""
+def show_families(table: "Families", containing: str | None = None) -> None:
+    """Print what may move by family: in short for verdicts that many share, or each type whose name contains a text.
+
+    Raises:
+        SPPConfigError: No type's name contains it.
+    """
+    left_out: dict[str, str] = {}
+    if containing is None:
+        rows = [row for row in table.rows(table.whole()) if len(row[1]) >= COMMON]
+    else:
+        found = [name for name in sorted(table.families) if containing.lower() in name.lower()]
+        rows = [(table.families[name].cells(table.axes), [name]) for name in found]
+        left_out = {name: reason for name, reason in table.left_out.items() if containing.lower() in name.lower()}
+    if not rows and not left_out:
+        raise SPPConfigError(
+            f"--filter {containing} is in no model type of transformers {table.transformers}. Accepted: a part of a "
+            "name, such as qwen. Shorten it."
+        )
+    for line in _verdict_lines(table.axes, rows, out().width):
+        out().print(line, soft_wrap=True)
+    for name, reason in left_out.items():
+        out().print(Text(f"{name} is not in the table: {reason}"))
+    out().print()
+    numbers = sorted({int(number) for cells, _ in rows for cell in cells for number in re.findall(r"\d+", cell)})
+    out().print(_listing((f"[{number}]", Text(table.reasons[number - 1])) for number in numbers))
+    hints = [f"Default configs, transformers {table.transformers}. part: some layers; –: no such channels."]
+    if containing is None:
+        rest = len(table.whole()) - sum(len(names) for _, names in rows)
+        hints.append(f"{rest} more families, each with few like it: hf-spp architectures --filter TEXT")
+    hints.append("One model, in full: hf-spp architectures MODEL")
+    out().print(Text("\n".join(hints), style="dim"))
+
+
+def _verdict_lines(axes: Sequence[str], rows: "Sequence[Row]", width: int) -> Iterator[Text]:
+    """A line of verdicts for each row, with its name before it, or its names below it where there are several."""
+    labels = [names[0] if len(names) == 1 else f"{len(names)} families" for _, names in rows]
+    columns = zip(axes, *(cells for cells, _ in rows), strict=True)
+    widths = [max(map(len, column)) + 2 for column in columns]
+    room = max(14, min(width - sum(widths), max(map(len, labels), default=0) + 2))
+
+    def line(label: str, cells: Sequence[str], styles: Mapping[str, str]) -> Text:
+        alone = len(label) >= room
+        text = Text(f"{label}\n{' ' * room}" if alone else label.ljust(room))
+        for cell, size in zip(cells, widths, strict=True):
+            text.append(cell.ljust(size), styles.get(cell.split()[0]))
+        text.rstrip()
+        return text
+
+    if rows:
+        yield line("", axes, dict.fromkeys(axes, "bold"))
+    for label, (cells, names) in zip(labels, rows, strict=True):
+        yield line(label, cells, VERDICT_STYLES)
+        if len(names) > 1:
+            below = textwrap.fill(", ".join(names), width - 2, break_on_hyphens=False)
+            yield Text(textwrap.indent(below, "  "), style="cyan")
+
+
+def show_map(model: "PreTrainedModel", groups: "ChannelMap", origin: str = "") -> None:
+    """Print what may move in one model, and what stays in place where and why."""
     from .config import AXES
 
-    table = Table(title="Axes that may move (models with a task head)", title_justify="left", title_style="bold")
-    table.add_column("Family")
-    for axis in AXES:
-        table.add_column(axis, justify="center")
-    reasons: list[str] = []
-    for family, groups in maps:
-        cells = []
-        for axis in AXES:
-            if axis in groups.axes:
-                cells.append("[green]yes[/]")
-                continue
-            reason = next((refusal.reason for refusal in groups.refused if refusal.axis == axis), None)
-            if reason is None:
-                cells.append("–")
-                continue
-            if reason not in reasons:
-                reasons.append(reason)
-            cells.append(f"[red]no[/] [{reasons.index(reason) + 1}]")
-        table.add_row(family, *cells)
-    out().print(table)
-    for number, reason in enumerate(reasons, 1):
-        out().print(f"[{number}] {escape(reason)}", soft_wrap=True)
-
-
-def show_map(name: str, groups: "ChannelMap") -> None:
-    """Print what may move in one model, and why the rest may not."""
-    from .config import AXES
-
-    table = Table("Axis", title=name, title_justify="left", title_style="bold")
+    count = sum(parameter.numel() for parameter in model.parameters())
+    size = f"{count / 1e9:.1f} B" if count >= 1e9 else f"{count / 1e6:.1f} M"
+    out().print(Text(", ".join(filter(None, (type(model).__name__, origin, f"{size} parameters"))), style="bold"))
+    table = Table("Axis")
     for column in ("Groups", "Channels", "Tensors"):
         table.add_column(column, justify="right")
     for axis in (axis for axis in AXES if axis in groups.axes):
@@ -133,6 +179,40 @@ def show_map(name: str, groups: "ChannelMap") -> None:
         tensors = {member.tensor for group in of_axis for member in group.members}
         table.add_row(axis, f"{len(of_axis)}", f"{sum(group.channels for group in of_axis):,}", f"{len(tensors):,}")
     out().print(table)
-    for refusal in groups.refused:
-        place = escape(f"{refusal.where}: {refusal.reason}")
-        out().print(f"[yellow]{refusal.axis} stays in place[/] at {place}", soft_wrap=True)
+    if groups.refused:
+        out().print(Text("Stays in place", style="bold"))
+        out().print(_listing(_staying(groups, type(model).__name__)))
+    absent = [axis for axis in AXES if axis not in groups.axes and axis not in {one.axis for one in groups.refused}]
+    if absent:
+        out().print(Text(f"No such channels: {', '.join(absent)}", style="dim"))
+
+
+def _staying(groups: "ChannelMap", whole: str) -> Iterator[tuple[str, Text]]:
+    """Axes that stay in place, and why and where, those with the same reason at the same places together."""
+    from .support.families import general_reason
+
+    kinds = [(general_reason(one.reason), one.where, one) for one in groups.refused]
+    entries: dict[tuple[str, str], list[Refusal]] = defaultdict(list)
+    for kind, where, one in kinds:
+        alike = [other.axis for reason, place, other in kinds if (reason, place) == (kind, where)]
+        # The residual stream stays as a whole, whatever the place is that keeps it.
+        axes = ["hidden"] if one.axis == "hidden" else [axis for axis in dict.fromkeys(alike) if axis != "hidden"]
+        entries[kind, ", ".join(axes)].append(one)
+    for (kind, shown), found in entries.items():
+        reasons = {one.reason for one in found}
+        text = Text(reasons.pop() if len(reasons) == 1 else kind)
+        places = [where for where in dict.fromkeys(one.where for one in found) if where != whole]
+        more = f" and {len(places) - MOST_PLACES} more" if len(places) > MOST_PLACES else ""
+        if places:
+            text.append(f"\nat {', '.join(places[:MOST_PLACES])}{more}", style="dim")
+        yield shown, text
+
+
+def _listing(rows: Iterable[tuple[str, Text]]) -> Table:
+    """Two columns without lines, the second folded beside the first."""
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True, style="yellow")
+    table.add_column(overflow="fold")
+    for first, second in rows:
+        table.add_row(Text(first), second)
+    return table

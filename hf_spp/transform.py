@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .apply import gather_model, invert_indices, named_tensors
-from .architectures import channel_groups
+from .apply import Indices, gather_model, invert_indices, named_tensors
+from .architectures import channel_groups, model_type_of
 from .calibration import calibrated_scores
 from .channels import ChannelMap
 from .config import AXES, Metric, SPPConfig
@@ -75,7 +75,7 @@ def apply_spp(
     gather_model(model, indices)
     try:
         tolerance = None if witness is None else config.tolerance or default_tolerance(model)
-        proof = None if witness is None else _prove(model, witness, orders, config, tolerance or 0.0)
+        proof = None if witness is None else _prove(model, witness, orders, indices, config, tolerance or 0.0)
         reordering = Reordering(
             config,
             orders,
@@ -85,9 +85,9 @@ def apply_spp(
             groups.refused,
             proof,
             tolerance,
-            model.config.model_type,
+            model_type_of(model),
             type(model).__name__,
-            str(model.dtype).removeprefix("torch."),
+            str(next(model.parameters()).dtype).removeprefix("torch."),
             _versions(),
         )
         remember(model, (*history, reordering.digest))
@@ -100,6 +100,13 @@ def apply_spp(
 
 
 def _select_axes(groups: ChannelMap, config: SPPConfig, model: PreTrainedModel) -> ChannelMap:
+    for tower in config.towers or ():
+        if len(groups.select(AXES, [tower])) == 0:
+            raise IllegalAxisError(
+                f"Tower {tower!r} of {type(model).__name__} holds no channel that may move. Towers here: "
+                f"{', '.join(groups.towers)}, and the paths of modules below them. Name some in SPPConfig(towers=...)."
+            )
+    groups = groups.select(AXES, config.towers)
     if config.axes is None:
         selected = groups.select(axis for axis in AXES if axis != "hidden")
         if len(selected) == 0:
@@ -112,7 +119,7 @@ def _select_axes(groups: ChannelMap, config: SPPConfig, model: PreTrainedModel) 
         if axis not in groups.axes:
             reasons = "; ".join(f"{r.where}: {r.reason}" for r in groups.refused if r.axis == axis)
             raise IllegalAxisError(
-                f"Axis {axis!r} may not move in {type(model).__name__} (model_type {model.config.model_type!r}): "
+                f"Axis {axis!r} may not move in {type(model).__name__} (model_type {model_type_of(model)!r}): "
                 f"{reasons or 'the model has no such channels'}. Legal axes here: {', '.join(groups.axes)}. "
                 "Leave it out of SPPConfig(axes=...)."
             )
@@ -160,10 +167,15 @@ def _check_finite(model: PreTrainedModel, groups: ChannelMap, config: SPPConfig)
 
 
 def _prove(
-    model: PreTrainedModel, witness: Witness, orders: Mapping[str, Tensor], config: SPPConfig, tolerance: float
+    model: PreTrainedModel,
+    witness: Witness,
+    orders: Mapping[str, Tensor],
+    indices: Indices,
+    config: SPPConfig,
+    tolerance: float,
 ) -> Proof:
     hidden = orders.get("hidden")
-    proof = witness.compare(model, None if hidden is None else hidden.flatten())
+    proof = witness.compare(model, None if hidden is None else hidden.flatten(), indices)
     if not proof.relative_diff <= tolerance:
         raise EqualFunctionError(
             f"The outputs of {type(model).__name__} moved by {proof.max_abs_diff:.3g}, {proof.relative_diff:.3g} of "

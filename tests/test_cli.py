@@ -67,11 +67,16 @@ def reordered(bert, tmp_path):
 # The program
 
 
-def test_help_answers_without_torch():
-    code = "import sys; from hf_spp.cli import app; app(['--help'])"
+def run_without_torch(*words):
+    """What a call prints in a process of its own, in which torch must not be imported."""
+    code = f"import sys; from hf_spp.cli import app; app({words!r})"
     program = f"import sys\ntry:\n    exec({code!r})\nfinally:\n    assert 'torch' not in sys.modules"
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert all(name in result.stdout for name in ("demo", "compare", "reorder", "verify", "card", "architectures"))
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+
+
+def test_help_answers_without_torch():
+    text = run_without_torch("--help")
+    assert all(name in text for name in ("demo", "compare", "reorder", "verify", "card", "architectures"))
 
 
 def test_version_and_bare_call():
@@ -338,25 +343,91 @@ def test_card_takes_a_base(reordered, bert):
 # architectures
 
 
-def test_architectures_lists_every_family():
-    lines = run("architectures").stdout.splitlines()
-    table = {line.split("│")[1].strip(): line.split("│")[2:-1] for line in lines if line.startswith("│")}
-    assert {"vit", "deit", "dinov2", "bert", "roberta", "distilbert", "t5", "gpt2"} <= set(table)
-    assert {name for name, cells in table.items() if "no [1]" in cells[0]} == {"llama", "qwen2", "qwen3", "mistral"}
-    assert lines[-1].startswith("[1] rotary position embedding")
+def narrow(monkeypatch, *words, width=80):
+    """Lines of a call on a terminal of that width, none of them wider."""
+    monkeypatch.setenv("COLUMNS", str(width))
+    lines = [line.rstrip() for line in run(*words).stdout.splitlines()]
+    assert max(map(len, lines)) <= width
+    return lines
+
+
+def test_architectures_lists_families_without_torch():
+    assert "rotary position embedding" in run_without_torch("architectures")
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_architectures_lists_families_by_equal_verdicts(monkeypatch, width):
+    lines = narrow(monkeypatch, "architectures", width=width)
+    assert lines[0].split() == ["qk", "vo", "heads", "ffn", "experts", "hidden"]
+    text = " ".join(" ".join(lines).split())
+    for verdicts, family in (("yes yes yes yes – yes", "bert"), ("no [1] yes yes yes – yes", "llama")):
+        names = text.partition(f"families {verdicts} ")[2].partition(" families ")[0]
+        assert f" {family}," in names
+    assert "[1] rotary position embedding: each frequency belongs to a fixed row of q and k" in text
+    assert len(lines) < 150
+
+
+def test_architectures_lists_each_type_with_a_text_in_its_name(monkeypatch):
+    lines = narrow(monkeypatch, "architectures", "--filter", "Qwen3_moe")
+    assert lines[1].split() == ["qwen3_moe", "no", "[1]", "yes", "yes", "yes", "yes", "yes"]
+    assert lines[2:4] == ["", "[1]  rotary position embedding: each frequency belongs to a fixed row of q and k"]
+    assert (
+        "timm_backbone is not in the table: it needs the library timm"
+        in run("architectures", "--filter", "timm").stdout
+    )
+    names = {line.split()[0] for line in run("architectures", "--filter", "").stdout.splitlines() if line}
+    assert {"bert", "clip_vision_model", "qwen2_vl_text"} <= names
+
+
+def test_architectures_refuses_a_text_in_no_name():
+    assert "--filter qwertz is in no model type" in refused("architectures", "--filter", "qwertz")
+    assert "got the model bert and --filter" in refused("architectures", "bert", "--filter", "bert")
 
 
 def test_architectures_of_a_model_reads_its_config_only(tmp_path):
-    save("llama", tmp_path / "llama")
-    (tmp_path / "llama" / "model.safetensors").unlink()
-    text = run("architectures", tmp_path / "llama").stdout
-    assert "LlamaForCausalLM" in text
-    assert "qk stays in place at layers.*.self_attn: rotary" in text
+    config = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
+    config = transformers.LlamaConfig(**config, num_key_value_heads=8, vocab_size=128256)
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(tmp_path / "llama")
+    lines = run("architectures", tmp_path / "llama").stdout.splitlines()
+    assert lines[0] == "LlamaForCausalLM, 70.6 B parameters"
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if line.startswith("│")]
+    assert cells == [
+        ["vo", "80", "81,920", "160"],
+        ["heads", "160", "5,760", "320"],
+        ["ffn", "80", "2,293,760", "240"],
+        ["hidden", "1", "8,192", "723"],
+    ]
+    text = " ".join(" ".join(lines).split())
+    assert "Stays in place qk rotary position embedding: each frequency belongs to a fixed row of q and k" in text
+    assert "at layers.*.self_attn No such channels: experts" in text
+
+
+def test_architectures_takes_a_model_type(tmp_path, monkeypatch):
+    assert run("architectures", "mixtral").stdout.startswith("MixtralForCausalLM, default config of mixtral, 46.7 B")
+    monkeypatch.chdir(tmp_path)
+    save("bert", tmp_path / "mixtral")
+    assert run("architectures", "mixtral").stdout.startswith("BertForMaskedLM, 0.0 M parameters")
+    assert "describes no model: it has no model of its own" in refused("architectures", "sam_prompt_encoder")
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_omni", "qwen3_vl", "sam2", "speecht5"])
+def test_architectures_of_a_composite_model_is_short(monkeypatch, name):
+    lines = narrow(monkeypatch, "architectures", name)
+    assert "Stays in place" in lines
+    assert len(lines) < 45
 
 
 def test_architectures_of_a_model_without_channels_is_refused(tmp_path):
     transformers.ResNetConfig(architectures=["ResNetModel"]).save_pretrained(tmp_path / "resnet")
     assert "has no channel group" in refused("architectures", tmp_path / "resnet")
+
+
+def test_architectures_of_a_config_that_describes_no_model_is_refused(bert):
+    config = json.loads((bert / "config.json").read_text())
+    (bert / "config.json").write_text(json.dumps({**config, "num_attention_heads": 7}))
+    line = refused("architectures", bert)
+    assert "(model_type 'bert') describes no model: it raises ValueError: The hidden size" in line
 
 
 # compare and demo

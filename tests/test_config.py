@@ -21,6 +21,7 @@ def test_defaults():
     config = SPPConfig()
     assert dataclasses.asdict(config) == {
         "axes": None,
+        "towers": None,
         "metric": None,
         "calibration_batches": 32,
         "verify": True,
@@ -79,6 +80,7 @@ def test_file_is_plain_sorted_json(tmp_path):
         "metric": "l2",
         "seed": 0,
         "tolerance": None,
+        "towers": None,
         "verify": True,
     }
     assert list(json.loads(text)) == sorted(json.loads(text))
@@ -105,6 +107,9 @@ def test_stored_callable_asks_for_the_function(tmp_path):
         ({"axes": "qk"}, r"axes='qk' is no tuple of axis names. Give axes="),
         ({"axes": {"qk"}}, r"is no tuple of axis names"),
         ({"axes": 5}, r"axes=5 is no tuple"),
+        ({"towers": "encoder"}, r"towers='encoder' is no tuple of module paths"),
+        ({"towers": ()}, r"towers=\(\) is no tuple of module paths"),
+        ({"towers": (1,)}, r"Give towers=\('encoder',\), or None for all"),
         ({"axes": ("qk", "neck")}, r"unknown axis 'neck'. Known axes: qk, vo, heads, ffn, experts, hidden"),
         ({"axes": ("QK",)}, r"unknown axis 'QK'"),
         ({"axes": (None,)}, r"unknown axis None"),

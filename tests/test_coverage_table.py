@@ -174,7 +174,7 @@ def test_inputs_that_do_not_run_are_not_shown():
 
 
 def test_a_change_that_cannot_be_undone_is_wrong(monkeypatch):
-    monkeypatch.setattr(coverage_table, "invert_indices", lambda indices: {})
+    monkeypatch.setattr(judgement, "invert_indices", lambda indices: {})
     model = build_model("bert")
     finding = judge(model, channel_groups(model).select(["ffn"]))["ffn"]
     assert finding.verdict == "wrong"

@@ -36,6 +36,14 @@ def test_readme_shows_what_a_group_looks_like(capsys):
     assert capsys.readouterr().out == blocks("text")[1]
 
 
+def test_readme_shows_a_model_of_ones_own(capsys):
+    code = next(block for block in blocks("python") if "register_architecture" in block)
+    exec(code, {"__name__": "readme"})
+    report = capsys.readouterr().out
+    assert all(axis in report for axis in ("qk", "vo", "heads", "ffn"))
+    assert "equal function: max|Δ| = " in report
+
+
 def test_readme_lists_the_commands_there_are():
     assert set(re.findall(r"^\| `hf-spp (\w+)", README, flags=re.MULTILINE)) == set(get_command(app).commands)
 

@@ -35,7 +35,8 @@ def test_wheel_holds_the_package_and_its_data(built):
     names, _, entry_points, _ = built
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "hf_spp").rglob("*.py")}
     assert sources <= set(names)
-    assert {"hf_spp/py.typed", "hf_spp/cards/templates/model_card.md.j2"} <= set(names)
+    data = {"hf_spp/py.typed", "hf_spp/cards/templates/model_card.md.j2", "hf_spp/support/families.json"}
+    assert data <= set(names)
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"hf_spp"}
     assert "hf-spp = hf_spp.cli:main" in entry_points
 

@@ -31,7 +31,7 @@ STRUCTURES = {
     "swinv2": "qk vo heads ffn",
     "layoutlmv3": "qk vo heads ffn hidden",
     "sam3_detr_decoder": "qk vo heads ffn",
-    "bloom": "vo ffn hidden",
+    "bloom": "qk vo ffn hidden",
     "parakeet_ctc": "qk vo heads ffn",
     # Sinks, gates and sub-norms.
     "gpt_oss": "vo heads ffn experts hidden",
@@ -100,6 +100,8 @@ def test_what_may_move_computes_the_same(model_type):
         ("wavlm", "heads", "gate per head"),
         ("convbert", "vo", "key_conv_attn_layer"),
         ("zamba2", "ffn", "adapter"),
+        ("d_fine", "ffn", "no pattern explains layers.0, layers.1"),
+        ("deepseek_v3", "qk", "rotary rows of q and k stay"),
         ("deepseek_v4", "vo", "no pattern explains"),
         ("m2m_100", "hidden", "no parameter"),
         ("videomae", "hidden", "no parameter"),

@@ -35,12 +35,12 @@ def _unmatched(index: ModelIndex, units: list[AttentionUnit], misfits: list[Misf
         if any(name in module._parameters for name in written.MIXER_PARAMETERS):
             yield Misfit(path, ATTENTION_AXES, written.MIXER_REASON, cuts_stream=False)
         elif path not in reached and re.search("Attention|Attn", type(module).__name__):
-            own = ((name, index.projection(join(path, name))) for name, _ in module.named_children())
-            left = [name for name, projection in own if projection is not None and projection.weight not in known]
-            if left or any(one.dim() > 1 for one in module.parameters(recurse=False)):
-                yield Misfit(
-                    path, ATTENTION_AXES, written.UNKNOWN_REASON.format(children=", ".join(left) or "its parameters")
-                )
+            children = ((name, index.projection(join(path, name))) for name, _ in module.named_children())
+            left = [name for name, projection in children if projection is not None and projection.weight not in known]
+            if not any(place.startswith(f"{path}.") for place in reached):
+                left += [name for name, one in module.named_parameters(recurse=False) if one.dim() > 1]
+            if left:
+                yield Misfit(path, ATTENTION_AXES, written.UNKNOWN_REASON.format(children=", ".join(left)))
 
 
 def _explained(index: ModelIndex, unit: AttentionUnit) -> AttentionUnit | Misfit:
@@ -97,8 +97,9 @@ def _judge(index: ModelIndex, unit: AttentionUnit) -> None:
     if tied and not any(re.search(written.HEAD_TABLE_NAMES, name) for name in index.parameters):
         tied = [name for name in tied if name not in written.TABLE_ARGUMENTS]
     if tied and not unit.has_table and not hasattr(module, "has_relative_attention_bias"):
-        for axis in ("heads", "qk"):
-            unit.refused.setdefault(axis, written.PER_HEAD_REASON.format(argument=tied[0]))
+        unit.refused.setdefault("heads", written.PER_HEAD_REASON.format(argument=tied[0]))
+        if tied[0] in written.PER_ROW_ARGUMENTS:
+            unit.refused.setdefault("qk", written.PER_HEAD_REASON.format(argument=tied[0]))
     if any(getattr(module, name, False) for name in written.SHARED_KEYS_ATTRIBUTES):
         for axis in ("heads", "vo"):
             unit.refused.setdefault(axis, written.SHARED_KEYS_REASON)

@@ -1,6 +1,7 @@
 """Feed-forward units: plain, gated and fused projections around the neurons, and experts stacked in one tensor."""
 
 import re
+from collections.abc import Iterator
 
 from torch import nn
 
@@ -35,7 +36,26 @@ def feed_forward_units(index: ModelIndex, claimed: set[str]) -> tuple[list[FeedF
         if unit.experts is None and (name := _unexplained(index, unit, path, claimed)) is not None:
             units.remove(unit)
             misfits.append(Misfit(path, ("ffn",), f"parameter {index.short(name)} is not understood"))
-    return units, misfits
+    return units, [*misfits, *_unmatched(index, units, misfits)]
+
+
+def _unmatched(index: ModelIndex, units: list[FeedForwardUnit], misfits: list[Misfit]) -> Iterator[Misfit]:
+    """Modules that are a feed-forward by name, with several linear layers of which no pattern reached one."""
+    reached = [unit.path for unit in units] + [one.path for one in misfits]
+    known = {feature.tensor for unit in units for feature in unit.features}
+    for path, module in index.modules.items():
+        if not re.search(written.FEED_FORWARD_NAMES, type(module).__name__):
+            continue
+        if path in reached or any(place.startswith(f"{path}.") for place in reached):
+            continue
+        children = []
+        for name, one in module.named_children():
+            listed = isinstance(one, nn.ModuleList)
+            children += [f"{name}.{number}" for number, _ in enumerate(one)] if listed else [name]
+        found = [(child, index.projection(join(path, child))) for child in children]
+        left = [child for child, projection in found if projection is not None and projection.weight not in known]
+        if len(left) > 1:
+            yield Misfit(path, ("ffn",), written.UNKNOWN_REASON.format(children=", ".join(left)), cuts_stream=False)
 
 
 def _match(index: ModelIndex, path: str, module: nn.Module) -> FeedForwardUnit | Misfit | None:

@@ -111,6 +111,8 @@ SHARED_HEAD_TABLES = {
 HEAD_TABLE_NAMES = r"(?i)bias_(values|table)|rel(ative)?_?(pos|att|bias)|rpb|(pos(ition)?|attention)_bias|alibi|slope"
 # Arguments of a forward that carry a bias per head from elsewhere.
 PER_HEAD_ARGUMENTS = ("alibi", "position_bias", "rel_pos", "rel_2d_pos", "attention_bias", "relative_position_bias")
+# Those that may be compared with rows of the queries first.
+PER_ROW_ARGUMENTS = ("position_bias",)
 # Those that carry learned tables, and nothing where the model has none.
 TABLE_ARGUMENTS = ("rel_pos", "rel_2d_pos", "relative_position_bias")
 # Names in the code of a forward that rotate q and k.
@@ -153,6 +155,7 @@ FEED_FORWARD = (
     (("0",), "2"),
     (("0",), "3"),
 )  # fmt: skip
+FEED_FORWARD_NAMES = r"MLP|Mlp|FeedForward|FFN|Ffn"
 # What may stand between the two and treats every neuron alike, or holds one entry per neuron.
 FEED_FORWARD_SIDES = ("dwconv", "depthwise_conv", "dwconv.dwconv", "ffn_layernorm", "ffn_sub_norm", "grn")
 
@@ -168,6 +171,7 @@ MIXER_REASON = "a state-space or linear-attention mixer, of which no pattern is 
 ROTARY_VALUE_REASON = "rotary position embedding turns the values as well"
 SHARED_KEYS_REASON = "keys and values are shared with other layers"
 CROSS_ATTENTION_REASON = "cross-attention reads the states of another model, which keep their order"
+LATENT_REASON = "the rotary rows of q and k stay, only those that no position rotates move"
 BETWEEN_REASON = "parameter {name} has the heads between other dimensions"
 SHARED_REASON = "a parameter is shared with another unit whose other parameters are its own"
 COMPOSITE_REASON = (
@@ -251,4 +255,4 @@ INTERNAL_LAYERS = (
     "pooler",
 )  # fmt: skip
 # Linear layers that read several copies of the residual stream side by side, by model type.
-CONCATENATED_READERS = {"dinov2": ("classifier",)}
+CONCATENATED_READERS = {"dinov2": ("classifier",), "dinov2_with_registers": ("classifier",)}

@@ -187,6 +187,7 @@ def _latent(index: ModelIndex, path: str, module: nn.Module) -> AttentionUnit | 
     features = query.part(0, nope, rows).produce("(k r d)") + query.part(nope, rows, rows).produce("(k r n)")
     features += expand.part(0, nope, chunk).produce("(k d)") + expand.part(nope, chunk, chunk).produce("(k e)")
     unit = AttentionUnit(path, path, sizes, [*features, *output.consume("(k r e)")], rotates_apart=True)
+    unit.notes["qk"] = written.LATENT_REASON
     first = (index.projection(join(path, one)) for one in written.LATENT_READERS)
     unit.readers, unit.writers = [one for one in first if one is not None], [output]
     unit.known = {*query.tensors, *expand.tensors, *output.tensors}

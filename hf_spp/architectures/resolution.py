@@ -61,7 +61,9 @@ def channel_groups(model: nn.Module) -> ChannelMap:
     units: list[AttentionUnit | FeedForwardUnit] = [*attentions, *feed_forwards]
     for unit in units:
         groups += unit.groups(index)
-        refused += [Refusal(axis, index.short(unit.path), reason) for axis, reason in unit.refused.items()]
+        refused += [
+            Refusal(axis, index.short(unit.path), reason) for axis, reason in {**unit.notes, **unit.refused}.items()
+        ]
     hidden = hidden_group(index, units, [*misfits, *others])
     if isinstance(hidden, ChannelGroup):
         groups.append(hidden)

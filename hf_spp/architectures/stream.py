@@ -78,8 +78,7 @@ def _width(index: ModelIndex, units: Sequence[AttentionUnit | FeedForwardUnit]) 
     config: Any = getattr(index.model, "config", None)
     if _reads_another_model(index, units, config):
         raise _Unclear("", written.CROSS_ATTENTION_REASON)
-    parts = [part for part in getattr(config, "sub_configs", {}).values() if getattr(part, "model_type", "auto") != ""]
-    if len(parts) > 1 and not getattr(config, "is_encoder_decoder", False):
+    if len(_configs(index, units)) > 1 and not getattr(config, "is_encoder_decoder", False):
         raise _Unclear("", written.COMPOSITE_REASON)
     if type(index.model).__name__ in _base_classes():
         raise _Unclear("", written.HEADLESS_REASON)
@@ -101,6 +100,17 @@ def _reads_another_model(index: ModelIndex, units: Sequence[AttentionUnit | Feed
     taken = any(name in arguments for name in written.OUTSIDE_STATES)
     crossing = any(re.search(written.CROSS_ATTENTION_NAMES, unit.path) for unit in units)
     return bool(getattr(config, "add_cross_attention", False) or (taken and crossing))
+
+
+def _configs(index: ModelIndex, units: Sequence[AttentionUnit | FeedForwardUnit]) -> set[type]:
+    """Kinds of configs that the units were built from: one for each model that this one is made of."""
+    found = set()
+    for unit in units:
+        path = unit.path
+        while path and not hasattr(index.modules[path], "config"):
+            path = path.rpartition(".")[0]
+        found.add(type(getattr(index.modules[path], "config", None)))
+    return found
 
 
 @cache
@@ -148,7 +158,7 @@ def _parameter(index: ModelIndex, name: str, size: int) -> list[Feature]:
         roles = {0: "producer", 1: "consumer"} if leaf == "weight" else {0: "producer"}
     dims = [dim for dim in roles if shape[dim] == size]
     if len(dims) != 1 or getattr(module, "groups", 1) != 1 or isinstance(module, (nn.GroupNorm, nn.MultiheadAttention)):
-        raise _Unclear(path, f"parameter {leaf} of shape {list(shape)} is not understood")
+        raise _Unclear(path, f"parameter {leaf} of a {type(module).__name__} of shape {list(shape)} is not understood")
     names = [f"i{index}" for index in range(len(shape))]
     names[dims[0]] = "s"
     return [Feature(name, " ".join(names), roles[dims[0]])]
@@ -170,6 +180,6 @@ def _linear(index: ModelIndex, path: str, leaf: str, size: int) -> list[Feature]
         consumed = projection.consume("s")
     elif projection.inputs % size == 0:
         if path not in written.CONCATENATED_READERS.get(index.model_type, ()):
-            raise _Unclear(path, f"its {projection.inputs} inputs are {size} channels several times")
+            raise _Unclear(path, f"its {projection.inputs} inputs may be the stream's {size} channels several times")
         consumed = projection.consume("(n s)")
     return [*consumed, *(one for one in projection.produce("s") if produced and one.tensor.endswith(".weight"))]

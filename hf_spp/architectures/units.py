@@ -45,6 +45,7 @@ class AttentionUnit:
         pattern: The registered pattern that it follows, if any.
         known: Parameters of its own projections beside those of readers and writers.
         scope: Modules whose parameters hang on it, all of which must be explained.
+        notes: What stays in place, by axis, although others of the axis move.
         rotates_apart: Whether the rows `d` of q and k are those that no position rotates.
         tie: Where heads of several units move together, the name of their stack.
     """
@@ -62,6 +63,7 @@ class AttentionUnit:
     tie: str | None = None
     has_table: bool = False
     rotates_apart: bool = False
+    notes: dict[str, str] = field(default_factory=dict)
 
     def stream_features(self) -> list[Feature]:
         """Where its projections read and write the residual stream `s`."""
@@ -115,6 +117,7 @@ class FeedForwardUnit:
     refused: dict[str, str] = field(default_factory=dict)
     stacked: list[Feature] = field(default_factory=list)
     beside: tuple[str, ...] = ()
+    notes: dict[str, str] = field(default_factory=dict)
 
     def stream_features(self) -> list[Feature]:
         """Where its projections read and write the residual stream `s`."""
