@@ -193,6 +193,10 @@ def reorder(
         list[str] | None,
         typer.Option(help="Some of qk, vo, heads, ffn, experts, hidden; all legal ones but hidden if not given."),
     ] = None,
+    towers: Annotated[
+        list[str] | None,
+        typer.Option(help="Parts to reorder, as vision_tower or decoder; all if not given."),
+    ] = None,
     dtype: Annotated[
         str, typer.Option(help="Weights are reordered and written in it: float32, …; auto keeps the checkpoint's.")
     ] = "auto",
@@ -209,8 +213,8 @@ def reorder(
         from .config import WEIGHT_METRICS, SPPConfig
         from .conversion import load_original, save_reordered
         from .transform import apply_spp
-    names = tuple(_split(axes) or ()) or None
-    config = SPPConfig(axes=names, metric=metric, seed=seed, verify=not no_verify)
+    names, parts = (tuple(_split(values)) or None for values in (axes, towers))
+    config = SPPConfig(axes=names, towers=parts, metric=metric, seed=seed, verify=not no_verify)
     if config.needs_calibration:
         raise CalibrationError(
             f"--metric {metric} needs calibration data, which this command does not take. "

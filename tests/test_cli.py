@@ -186,6 +186,16 @@ def test_reorder_takes_axes_metric_seed_and_dtype(bert, tmp_path):
     assert AutoModelForMaskedLM.from_pretrained(tmp_path / "out").dtype == torch.float64
 
 
+def test_reorder_takes_towers(tmp_path):
+    save("t5", tmp_path / "t5")
+    run("reorder", tmp_path / "t5", tmp_path / "out", "--towers", "decoder", "--axes", "ffn,vo")
+    orders = Reordering.from_pretrained(tmp_path / "out").orders
+    assert orders
+    assert all(name.startswith("decoder.") for name in orders)
+    text = refused("reorder", tmp_path / "t5", tmp_path / "other", "--towers", "vision_tower")
+    assert "Towers here: encoder, decoder" in text
+
+
 def test_reorder_keeps_the_dtype_when_told(tmp_path):
     save("gpt2", tmp_path / "gpt2", dtype=torch.bfloat16)
     run("reorder", tmp_path / "gpt2", tmp_path / "out", "--dtype", "auto")

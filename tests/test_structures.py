@@ -4,11 +4,15 @@ import dataclasses
 
 import pytest
 import torch
+import transformers
 import zoo
 from judgement import judge_model
 
 from hf_spp import SPPConfig, SPPError, UnsupportedArchitectureError, apply_spp, channel_groups
 from hf_spp.config import AXES
+
+# Some modules of transformers compile functions when they are imported.
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 
 # Axes that may move, and compute the same in any order, in a model with a task head where there is one.
 STRUCTURES = {
@@ -54,10 +58,9 @@ STRUCTURES = {
     "longformer": "qk vo heads ffn hidden",
     "luke": "qk vo heads ffn",
     "deberta-v2+noshare": "qk vo heads ffn hidden",
-    # Encoder-decoder, several towers, shared keys and values.
+    # Encoder-decoder, several towers.
     "bart": "qk vo heads ffn",
     "llava": "vo heads ffn",
-    "gemma3n_text": "vo heads ffn",
     # Feed-forward: fused gate, convolution or norm between, in one module with the rest, experts in one matrix.
     "modernbert": "vo heads ffn hidden",
     "segformer": "qk vo heads ffn",
@@ -70,7 +73,9 @@ STRUCTURES = {
 
 
 def build(model_type):
-    classes = zoo.model_classes(model_type)
+    classes = zoo.model_classes(model_type) if model_type in zoo.all_types() else []
+    if not classes:
+        pytest.skip(f"transformers {transformers.__version__} has no {model_type}")
     heads = [one for one in classes if "For" in one.__name__ or "LMHead" in one.__name__]
     return zoo.build(model_type, [*heads, *classes][0])
 

@@ -53,6 +53,7 @@ AXES = {
     "vo": "rows of value and columns of the attention output inside a head, together",
     "heads": "whole attention heads",
     "ffn": "intermediate neurons of the feed-forward network",
+    "experts": "experts with their rows of the router",
     "hidden": "channels of the residual stream, in every layer at once",
 }
 
