@@ -1,11 +1,12 @@
-"""Feed-forward units: plain, gated and fused projections around the neurons, and experts stacked in one tensor."""
+"""Feed-forward units: plain, gated and fused projections around the neurons, and what hangs on these."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from torch import nn
 
 from . import patterns as written
+from .experts import find_experts
 from .groups import fits
 from .index import Feature, ModelIndex, join
 from .registry import FeedForwardPattern
@@ -23,7 +24,7 @@ def feed_forward_units(index: ModelIndex, claimed: set[str]) -> tuple[list[FeedF
     misfits: list[Misfit] = []
     owners: list[tuple[FeedForwardUnit, str]] = []
     for path, module in index.modules.items():
-        found = _experts(index, path, module) or _match(index, path, module)
+        found = find_experts(index, path, module) or _match(index, path, module)
         if isinstance(found, FeedForwardUnit):
             units.append(found)
             owners.append((found, path))
@@ -84,15 +85,7 @@ def _unit(
     for child in (*inner, output):
         projection = index.projection(join(path, child))
         if projection is None:
-            module = index.modules[join(path, child)]
-            bare = next(module.parameters(), None) is None
-            if (
-                bare
-                or isinstance(module, (nn.ModuleList, nn.Sequential))
-                or join(path, f"{child}.dense") in index.modules
-            ):
-                return None
-            return Misfit(path, ("ffn",), f"{child} is a {type(module).__name__}, no plain linear layer")
+            return _wrapped(index, path, child)
         projections.append(projection)
     *readers, writer = projections
     neurons = writer.inputs
@@ -105,25 +98,38 @@ def _unit(
     features = [feature for one in readers for feature in one.produce(layout)] + writer.consume("m")
     unit = FeedForwardUnit(path, neurons, features, readers, [writer])
     unit.beside = () if pattern is None else pattern.beside
-    owners = {join(path, child).rpartition(".")[0] for child in (*inner, output)}
-    for name in [name for owner in owners for name in index.below(owner)]:
-        relative = name[len(path) + 1 :] if path else name
-        stem = relative.removesuffix(".weight").removesuffix(".bias")
-        stated = None if pattern is None else pattern.sides.get(relative, pattern.sides.get(stem))
-        if stated is not None and fits(stated, tuple(index.tensors[name].shape), {"m": neurons}):
-            unit.features.append(Feature(name, stated))
-        elif stem in written.FEED_FORWARD_SIDES or stem.rpartition(".")[0] in written.FEED_FORWARD_SIDES:
-            layout_found = _side_layout(tuple(index.tensors[name].shape), neurons)
-            if layout_found is None and any(length % neurons == 0 for length in index.tensors[name].shape):
-                return Misfit(path, ("ffn",), f"parameter {index.short(name)} is not understood")
-            if layout_found is not None:
-                unit.features.append(Feature(name, layout_found))
+    places = {join(path, child).rpartition(".")[0] for child in (*inner, output)}
+    for name in [name for place in places for name in index.below(place)]:
+        found = _side(index, unit, name, {} if pattern is None else pattern.sides)
+        if isinstance(found, Misfit):
+            return found
+        unit.features += found
     return unit
 
 
-def _side_layout(shape: tuple[int, ...], neurons: int) -> str | None:
-    layouts = ("m", "m 1 i", "m 1 i j", "1 1 1 m")
-    return next((layout for layout in layouts if fits(layout, shape, {"m": neurons})), None)
+def _wrapped(index: ModelIndex, path: str, child: str) -> Misfit | None:
+    """A child that is no linear layer: nothing where it holds no weights or several layers, else a misfit."""
+    module = index.modules[join(path, child)]
+    several = isinstance(module, (nn.ModuleList, nn.Sequential)) or index.has(path, (f"{child}.dense",))
+    if several or next(module.parameters(), None) is None:
+        return None
+    return Misfit(path, ("ffn",), f"{child} is a {type(module).__name__}, no plain linear layer")
+
+
+def _side(index: ModelIndex, unit: FeedForwardUnit, name: str, stated: Mapping[str, str]) -> list[Feature] | Misfit:
+    """The features of a parameter beside the projections, if it is one that holds an entry for each neuron."""
+    relative = name[len(unit.path) + 1 :] if unit.path else name
+    stem = relative.removesuffix(".weight").removesuffix(".bias")
+    shape, sizes = tuple(index.tensors[name].shape), {"m": unit.neurons}
+    layouts = [layout for key in (relative, stem) if (layout := stated.get(key)) is not None]
+    if stem in written.FEED_FORWARD_SIDES or stem.rpartition(".")[0] in written.FEED_FORWARD_SIDES:
+        layouts += written.NEURON_LAYOUTS
+    found = next((layout for layout in layouts if fits(layout, shape, sizes)), None)
+    if found is not None:
+        return [Feature(name, found)]
+    if layouts and any(length % unit.neurons == 0 for length in shape):
+        return Misfit(unit.path, ("ffn",), f"parameter {index.short(name)} is not understood")
+    return []
 
 
 def _is_chain(module: nn.Module, last: int) -> bool:
@@ -169,117 +175,3 @@ def _own_forward(index: ModelIndex, path: str, name: str) -> bool:
             return True
         place = place.rpartition(".")[0]
     return False
-
-
-# Experts
-
-
-def _experts(index: ModelIndex, path: str, module: nn.Module) -> FeedForwardUnit | Misfit | None:
-    for inner, output in written.EXPERTS:
-        names = [join(path, name) for name in (*inner, output)]
-        if all(name in index.tensors and index.tensors[name].dim() == 2 for name in names):
-            counts = (getattr(module, name, None) for name in written.EXPERT_COUNT_ATTRIBUTES)
-            if (experts := next((count for count in counts if isinstance(count, int)), None)) is not None:
-                return _flat_expert_unit(index, path, names, experts)
-        if all(name in index.tensors and index.tensors[name].dim() == 3 for name in names):
-            return _expert_unit(index, path, module, names[:-1], names[-1])
-    return None
-
-
-def _expert_unit(
-    index: ModelIndex, path: str, module: nn.Module, inner: list[str], output: str
-) -> FeedForwardUnit | Misfit:
-    experts = index.tensors[output].shape[0]
-    transposed = _is_transposed(index, module, inner, output)
-    if transposed is None:
-        return Misfit(path, ("ffn", "experts"), "whether the experts' matrices are transposed cannot be told")
-    neurons = index.tensors[output].shape[1 if transposed else 2]
-    sizes = {"x": experts, "m": neurons}
-    rows = "m" if index.tensors[inner[0]].shape[2 if transposed else 1] == neurons else "(t m)"
-    if rows == "(t m)" and not getattr(module, "is_concatenated", True):
-        rows = "(m t)"
-    layouts = dict.fromkeys(inner, f"x i {rows}" if transposed else f"x {rows} i")
-    layouts[output] = "x m o" if transposed else "x o m"
-    stem = output.removesuffix(".weight")
-    biases = {f"{name.removesuffix('.weight')}{suffix}": f"x {rows}" for name in inner for suffix in ("_bias", ".bias")}
-    biases |= {f"{stem}_bias": "x o", f"{stem}.bias": "x o"}
-    features = []
-    for name in index.below(path):
-        layout = layouts.get(name) or biases.get(name)
-        shape = tuple(index.tensors[name].shape)
-        if layout is None and "norm" in name and len(shape) == 1 and shape[0] not in (experts, neurons):
-            continue
-        if layout is None or not fits(layout, shape, sizes):
-            return Misfit(path, ("ffn", "experts"), f"parameter {index.short(name)} is not understood")
-        role = "consumer" if name == output else "producer" if name in layouts else "other"
-        features.append(Feature(name, layout, role))  # type: ignore[arg-type]
-    unit = FeedForwardUnit(path, neurons, features, experts=experts)
-    unit.stacked = [
-        Feature(one.tensor, re.sub(r"\b[io]\b", "s", one.layout), one.role)
-        for one in features
-        if re.search(r"\b[io]\b", one.layout)
-    ]
-    _find_router(index, unit)
-    return unit
-
-
-def _flat_expert_unit(index: ModelIndex, path: str, names: list[str], experts: int) -> FeedForwardUnit | Misfit:
-    """Experts whose matrices `[neurons, stream]` lie below each other in one."""
-    rows = {tuple(index.tensors[name].shape) for name in names}
-    if len(rows) != 1 or next(iter(rows))[0] % experts or set(index.below(path)) != set(names):
-        return Misfit(path, ("ffn", "experts"), "the experts' matrices do not fit each other")
-    features = [Feature(name, "(x m) i", "producer") for name in names[:-1]] + [
-        Feature(names[-1], "(x m) o", "consumer")
-    ]
-    unit = FeedForwardUnit(path, next(iter(rows))[0] // experts, features, experts=experts)
-    unit.stacked = [Feature(one.tensor, "(x m) s", one.role) for one in features]
-    _find_router(index, unit)
-    return unit
-
-
-def _is_transposed(index: ModelIndex, module: nn.Module, inner: list[str], output: str) -> bool | None:
-    """Whether the matrices are `[inputs, outputs]`; None if shapes and attributes leave it open."""
-    down, up = index.tensors[output].shape, index.tensors[inner[0]].shape
-    straight = up[2] == down[1] and up[1] in (down[2], 2 * down[2])
-    turned = up[1] == down[2] and up[2] in (down[1], 2 * down[1])
-    if straight and turned:
-        stated = getattr(module, "is_transposed", None)
-        return stated if isinstance(stated, bool) else False
-    return turned if straight or turned else None
-
-
-def _find_router(index: ModelIndex, unit: FeedForwardUnit) -> None:
-    """Find the router beside the experts and the tensors in it that have an entry per expert."""
-    parent = unit.path.rpartition(".")[0]
-    child = index.first_of(parent, written.ROUTERS)
-    if child is None:
-        unit.refused["experts"] = written.NO_ROUTER_REASON
-        return
-    place = join(parent, child)
-    modules = [module for path, module in index.modules.items() if path == place or path.startswith(f"{place}.")]
-    stated = [
-        getattr(module, name, None) for module in (*modules, index.modules[parent]) for name in written.ROUTER_GROUPS
-    ]
-    unit.expert_groups = max([1, *(count for count in stated if isinstance(count, int))])
-    scored = False
-    for name, tensor in index.tensors.items():
-        owner = name.rpartition(".")[0]
-        if owner != parent and owner != place and not owner.startswith(f"{place}."):
-            continue
-        shape = tuple(tensor.shape)
-        if not tensor.is_floating_point() and tensor.numel() > 1:
-            unit.refused["experts"] = written.ROUTER_TABLE_REASON.format(name=index.short(name))
-            return
-        layout = next((one for one in ("x i", "x", "1 x") if fits(one, shape, {"x": unit.experts or 0})), None)
-        if layout == "x i" and owner == parent:
-            layout = None
-        if layout is not None:
-            scored = scored or layout == "x i"
-            unit.router.append(Feature(name, layout, "producer" if layout == "x i" else "other"))
-            if layout == "x i":
-                unit.stacked.append(Feature(name, "x s", "consumer"))
-        elif unit.experts in shape:
-            unit.refused["experts"] = f"parameter {index.short(name)} is not understood"
-            return
-    if not scored:
-        unit.refused["experts"] = written.NO_ROUTER_REASON

@@ -157,6 +157,7 @@ FEED_FORWARD = (
 )  # fmt: skip
 FEED_FORWARD_NAMES = r"MLP|Mlp|FeedForward|FFN|Ffn"
 # What may stand between the two and treats every neuron alike, or holds one entry per neuron.
+NEURON_LAYOUTS = ("m", "m 1 i", "m 1 i j", "1 1 1 m")
 FEED_FORWARD_SIDES = ("dwconv", "depthwise_conv", "dwconv.dwconv", "ffn_layernorm", "ffn_sub_norm", "grn")
 
 ROTARY_REASON = "rotary position embedding: each frequency belongs to a fixed row of q and k"
