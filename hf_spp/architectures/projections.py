@@ -180,11 +180,12 @@ def _latent(index: ModelIndex, path: str, module: nn.Module) -> AttentionUnit | 
     if expand.outputs % chunk or output.inputs != heads * value or query.outputs % heads:
         return Misfit(path, ATTENTION_AXES, "latent attention whose parts do not fit each other")
     rows = query.outputs // heads
-    if rows <= nope:
-        return Misfit(path, ATTENTION_AXES, "latent attention whose queries have no rotary part")
+    if rows < nope:
+        return Misfit(path, ATTENTION_AXES, "latent attention whose queries are shorter than its keys")
     # Each head of q and k has rows without rotation first, which may move, and then rows with it.
     sizes = {"k": heads, "r": 1, "d": nope, "e": value}
-    features = query.part(0, nope, rows).produce("(k r d)") + query.part(nope, rows, rows).produce("(k r n)")
+    features = query.part(0, nope, rows).produce("(k r d)")
+    features += query.part(nope, rows, rows).produce("(k r n)") if rows > nope else []
     features += expand.part(0, nope, chunk).produce("(k d)") + expand.part(nope, chunk, chunk).produce("(k e)")
     unit = AttentionUnit(path, path, sizes, [*features, *output.consume("(k r e)")], rotates_apart=True)
     unit.notes["qk"] = written.LATENT_REASON
