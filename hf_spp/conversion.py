@@ -136,7 +136,8 @@ def verify_checkpoint(source: str | os.PathLike[str]) -> Verification:
     """
     reordering = Reordering.from_pretrained(source)
     model = load_model(source, reordering.dtype)
-    witness = Witness(model, seed=reordering.config.seed)
+    moved = [group for group in channel_groups(model) if group.name in reordering.orders]
+    witness = Witness(model, seed=reordering.config.seed, groups=moved)
     reordering.undo(model)
     hidden = reordering.orders.get("hidden")
     undone = invert_indices(reordering.indices(model))

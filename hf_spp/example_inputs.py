@@ -9,7 +9,7 @@ from itertools import chain, islice
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .forward import accepted_arguments, evaluation_mode, fixed_rng, place_inputs
@@ -21,7 +21,7 @@ _TOKENS = 8
 _GRID = 4
 # Arguments that take images, videos and sound, and the settings that name their placeholders in a text.
 _MEDIA = {
-    "image": ("pixel_values", "pixel_values_images", "image_pixel_values", "images"),
+    "image": ("pixel_values", "pixel_values_images", "image_pixel_values", "images", "image"),
     "video": ("pixel_values_videos",),
     "audio": ("input_features", "input_values", "audio_values", "audio_input_features"),
 }
@@ -148,9 +148,16 @@ class _Guesses:
         for kind in self.media_names:
             if _reader(self.model, kind) is None:
                 for form in self.forms(kind):
-                    yield {**self.text(), **form}
+                    yield from self.beside_text(kind, form)
                 for form in islice(self.forms(kind), 1):
                     yield {**self.text((1, 2, _TOKENS)), **form}
+
+    def beside_text(self, kind: str, form: Inputs) -> Iterator[Inputs]:
+        """A text beside something of which nobody says how many tokens it takes."""
+        if isinstance(self.setting(*_PLACEHOLDERS[kind]), int):
+            text = self.interleaved({kind: (form, 1)})
+            yield {**text, "attention_mask": torch.ones_like(text["input_ids"])}
+        yield {**self.text(), **form}
 
     def media(self) -> Iterator[Inputs]:
         for kind in self.media_names:
@@ -171,7 +178,7 @@ class _Guesses:
         for form in self.forms(kind):
             try:
                 with torch.no_grad(), evaluation_mode(self.model), fixed_rng(self.model, self.seed):
-                    found = read(place_inputs(self.model, form))
+                    found = read(place_inputs(self.model, self.complete(form)))
             except Exception:  # whatever is raised only means that this form does not suit it
                 continue
             features = getattr(found, "pooler_output", found)
@@ -181,26 +188,27 @@ class _Guesses:
         return None
 
     def interleaved(self, media: Mapping[str, tuple[Inputs, int]]) -> Inputs:
-        """A text with a placeholder for every feature of every medium."""
+        """A text with a placeholder for every feature of every medium, and what says which token is which."""
         inputs = self.text()
-        parts, types = [inputs["input_ids"][:, :2]], [torch.zeros(1, 2, dtype=torch.int64)]
+        ids, kinds = [inputs["input_ids"][:, :2]], [torch.zeros(1, 2, dtype=torch.int64)]
         for number, kind in enumerate(_MEDIA, start=1):
-            token = self.setting(*_PLACEHOLDERS[kind])
             if kind not in media:
                 continue
             form, count = media[kind]
             inputs |= form
+            token = self.setting(*_PLACEHOLDERS[kind])
+            if token is None and f"{kind}_embeds_position_mask" in self.accepted:
+                token = 0  # any will do where a mask says which it is
             if isinstance(token, int):
                 start = self.setting("vision_start_token_id", f"{kind}_start_token_id")
                 before = torch.full((1, 1), start) if isinstance(start, int) else inputs["input_ids"][:, 2:3]
-                parts += [before, torch.full((1, count), token)]
-                types += [torch.zeros(1, 1, dtype=torch.int64), torch.full((1, count), number)]
-        parts.append(inputs["input_ids"][:, 2:])
-        inputs["input_ids"] = torch.cat(parts, 1)
-        types.append(torch.zeros_like(parts[-1]))
-        if "mm_token_type_ids" in self.accepted:
-            inputs["mm_token_type_ids"] = torch.cat(types, 1)
-        return inputs
+                ids += [before, torch.full((1, count), token)]
+                kinds += [torch.zeros(1, 1, dtype=torch.int64), torch.full((1, count), number)]
+        ids.append(inputs["input_ids"][:, 2:])
+        kinds.append(torch.zeros_like(ids[-1]))
+        inputs["input_ids"], types = torch.cat(ids, 1), torch.cat(kinds, 1)
+        known = {"mm_token_type_ids": types, "moe_mm_token_type_ids": types, "image_embeds_position_mask": types == 1}
+        return {**inputs, **{name: value for name, value in known.items() if name in self.accepted}}
 
     def pictures(self, kind: str) -> Iterator[Inputs]:
         """Images as grids of pixels, alone, several at once, or as the frames of a video."""
@@ -215,12 +223,19 @@ class _Guesses:
         single = [] if kind == "video" else [()]
         if "interpolate_pos_encoding" in self.accepted and single:
             yield {name: self.floats(1, channels, *few), "interpolate_pos_encoding": True}
-        for outer in (*single, (1,), (2,), (frames,)):
+        tiles: list[tuple[int, ...]] = [(3,), (5,)] if "image_sizes" in self.accepted else []
+        if "aspect_ratio_ids" in self.accepted:
+            tiles.append((1, self.whole("max_num_tiles", default=4, vision=True)))
+        for outer in (*single, (1,), (2,), (frames,), *tiles):
             for height, width in dict.fromkeys([few, own] if outer else [few, own, (64, 64), (128, 128)]):
                 pixels = {name: self.floats(1, *outer, channels, height, width)}
                 yield pixels
                 if beside := self.beside(outer, height, width):
                     yield {**pixels, **beside}
+        count, area = (own[0] // patch[0]) * (own[1] // patch[1]), patch[0] * patch[1]
+        yield {name: self.floats(1, count, channels * area)}
+        if single:
+            yield {name: self.floats(frames, channels, *own)}  # frames in place of samples
 
     def beside(self, outer: tuple[int, ...], height: int, width: int) -> Inputs:
         """What says how large images are, and which of their pixels count."""
@@ -230,6 +245,8 @@ class _Guesses:
             "pixel_attention_mask": whole,
             "pixel_mask": whole,
             "image_attention_mask": torch.ones(1, _TOKENS, *(outer or (1,)), dtype=torch.int64),
+            "aspect_ratio_ids": torch.ones(1, *outer[:1], dtype=torch.int64),
+            "aspect_ratio_mask": torch.ones(1, *outer, dtype=torch.int64),
         }
         return {name: value for name, value in known.items() if name in self.accepted}
 
@@ -243,7 +260,8 @@ class _Guesses:
         if grid is not None:
             size = torch.tensor([[1, _GRID, _GRID] if "thw" in grid else [_GRID, _GRID]])
             merge = self.whole("spatial_merge_size", "merge_size", default=2, vision=True)
-            extra = {f"{kind}_merge_sizes": torch.tensor([merge])} if f"{kind}_merge_sizes" in self.accepted else {}
+            merges = [one for one in (f"{kind}_merge_sizes", "merge_sizes") if one in self.accepted]
+            extra = dict.fromkeys(merges, torch.tensor([merge]))
             shapes = (
                 (count, channels * area * frames), (count, channels * area), (count, channels, side, side),
                 (1, count, channels, side, side), (1, count, channels * area), (count, channels, frames, side, side),
@@ -264,10 +282,9 @@ class _Guesses:
         waves = [self.floats(1, *outer, samples) for samples in (2400, 16000) for outer in ((), (1,))]
         positions = self.setting("max_source_positions", "n_window")
         own = [2 * positions, positions] if isinstance(positions, int) else []
-        bins = [self.whole(one, default=0) for one in _MEL_BINS]
         spectrograms = (
             self.floats(1, *shape)
-            for width in dict.fromkeys([size for size in bins if size > 0] or [80])
+            for width in self.feature_widths()
             for frames in (64, 100, 200, *own)
             for shape in ((width, frames), (frames, width))
         )
@@ -278,6 +295,15 @@ class _Guesses:
                 name: sound,
                 **{mask: torch.ones(1, frames, dtype=torch.int64) for mask in masks if mask in self.accepted},
             }
+
+    def feature_widths(self) -> list[int]:
+        """How wide features of sound may be: what the config says, and what the first layer that reads some takes."""
+        widths = [self.whole(name, default=0) for name in _MEL_BINS]
+        for module in self.model.modules():
+            if isinstance(module, (nn.Linear, nn.Conv1d)):
+                widths.append(module.in_features if isinstance(module, nn.Linear) else module.in_channels)
+                break
+        return list(dict.fromkeys(width for width in widths if width > 0))
 
     # Others
 
@@ -306,10 +332,13 @@ class _Guesses:
             yield from self.packed("image")
         if "flattened_patches" in self.accepted:
             side, _ = self.pair(self.setting("patch_size", default=16, vision=True))
-            width = 2 + side * side * self.whole("num_channels", default=3, vision=True)
-            yield {"flattened_patches": self.floats(1, _GRID**2, width), **self.decoder_text()}
-        for width in dict.fromkeys([self.width, *(self.whole(name, default=0) for name in _MEL_BINS)]):
-            if self.required and width > 0:
+            width = side * side * self.whole("num_channels", default=3, vision=True)
+            width = 2 + self.whole("patch_embed_hidden_size", default=width, vision=True)
+            patches = self.floats(1, _GRID**2, width)
+            patches[..., :2] = 1  # row and column of each
+            yield {"flattened_patches": patches, **self.decoder_text()}
+        for width in dict.fromkeys([self.width, *self.feature_widths()]):
+            if self.required:
                 self.width = width
                 if "encoder_hidden_states" in self.accepted:
                     yield {"encoder_hidden_states": self.floats(1, _TOKENS, width)}
@@ -325,6 +354,8 @@ class _Guesses:
                     inputs = {**inputs, name: self.floats(1, _TOKENS, self.width)}
                 elif name.endswith("mask"):
                     inputs = {**inputs, name: torch.ones(1, _TOKENS, dtype=torch.int64)}
+                elif name == "task_inputs":
+                    inputs = {**inputs, name: self.ids(1, self.whole("task_seq_len", default=_TOKENS))}
                 elif name.endswith(("_ids", "_inputs", "codes", "inputs")):
                     inputs = {**inputs, name: self.ids(1, _TOKENS)}
         return inputs
@@ -353,5 +384,6 @@ def _reader(model: PreTrainedModel, kind: str) -> Callable[[Inputs], Any] | None
         method = getattr(owner, f"get_{kind}_features", None)
         if method is not None:
             taken = inspect.signature(method).parameters
-            return lambda inputs: method(**{name: value for name, value in inputs.items() if name in taken})
+            anything = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in taken.values())
+            return lambda inputs: method(**{n: value for n, value in inputs.items() if anything or n in taken})
     return None

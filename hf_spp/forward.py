@@ -18,14 +18,21 @@ _INTERNAL_OUTPUTS = re.compile(r"past_key_values|(\w+_)?attentions|(\w+_)?router
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Run the block in evaluation mode; every module's own mode comes back afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
+    """Run the block in evaluation mode; every module's own mode comes back afterwards.
+
+    So does every other plain attribute: some models set one by the inputs they see, as Swin does its window size.
+    """
+    plain = (bool, int, float, str, tuple, type(None))
+    states = [
+        (module, {name: value for name, value in vars(module).items() if isinstance(value, plain)})
+        for module in model.modules()
+    ]
     model.eval()
     try:
         yield
     finally:
-        for module, training in modes:
-            module.training = training
+        for module, state in states:
+            vars(module).update(state)
 
 
 @contextmanager
@@ -49,6 +56,24 @@ def unfused(model: nn.Module) -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
+@contextmanager
+def called_modules(model: nn.Module) -> Iterator[set[str]]:
+    """Collect the paths of the modules that run inside the block, each under all of its names."""
+    paths: dict[nn.Module, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        paths.setdefault(module, []).append(path)
+    called: set[str] = set()
+    handles = [
+        module.register_forward_pre_hook(lambda *_, names=names: called.update(names))
+        for module, names in paths.items()
+    ]
+    try:
+        yield called
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def accepted_arguments(model: nn.Module) -> tuple[str, ...]:
     """Names of the arguments that the model's forward takes."""
     return tuple(inspect.signature(type(model).forward).parameters)
@@ -56,7 +81,7 @@ def accepted_arguments(model: nn.Module) -> tuple[str, ...]:
 
 def place_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Move the tensors of a batch to the model's device, floating ones to its dtype."""
-    parameter = next(model.parameters())
+    parameter = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
 
     def place(value: Any) -> Any:
         if not isinstance(value, Tensor):

@@ -25,7 +25,7 @@ from .errors import (
     UnsupportedModelError,
 )
 from .permutation import check_orders, gather_indices, moved_channels
-from .proof import Proof
+from .proof import Proof, places_of
 
 ORDERS_NAME = "spp_orders.safetensors"
 # The reorderings a live model went through, as far as this process did them; absent means unknown.
@@ -172,6 +172,7 @@ class Reordering:
             "max_abs_diff": self.max_abs_diff,
             "relative_diff": self.relative_diff,
             "output_scale": None if self.proof is None else self.proof.output_scale,
+            "unproved": [] if self.proof is None else list(self.proof.unproved),
             "tolerance": self.tolerance,
             "versions": dict(self.versions),
         }
@@ -194,6 +195,9 @@ class Reordering:
                 f"  equal function: max|Δ| = {self.proof.max_abs_diff:.2e}, {self.proof.relative_diff:.1e} of the "
                 f"output's scale (accepted up to {self.tolerance:.0e})"
             )
+            if self.proof.unproved:
+                places = ", ".join(places_of(self.proof.unproved, self.orders))
+                lines.append(f"  equal function was NOT checked of {len(self.proof.unproved)} groups: {places}")
         return "\n".join(lines)
 
     def __repr__(self) -> str:
@@ -281,7 +285,9 @@ class Reordering:
         _check_summary(summary, groups, scores)
         try:
             if summary["verified"]:
-                proof = Proof(summary["max_abs_diff"], summary["relative_diff"], summary["output_scale"])
+                # What was written before groups were told apart does not say which were left out.
+                unproved = tuple(summary.get("unproved", ()))
+                proof = Proof(summary["max_abs_diff"], summary["relative_diff"], summary["output_scale"], unproved)
             return cls(
                 SPPConfig.from_dict(stored["config"]),
                 orders,
@@ -359,10 +365,12 @@ def _check_summary(summary: Mapping[str, Any], groups: Mapping[str, Any], scores
     figures = ("max_abs_diff", "relative_diff", "output_scale", "tolerance")
     numbers = [summary.get(name) for name in figures] if summary.get("verified") else []
     texts = [summary.get(name) for name in ("model_type", "model_class", "dtype")]
-    refused, versions = summary.get("refused"), summary.get("versions")
+    refused, versions, unproved = summary.get("refused"), summary.get("versions"), summary.get("unproved", [])
     sound = (
         all(isinstance(value, (int, float)) for value in numbers)
         and isinstance(versions, dict)
+        and isinstance(unproved, list)
+        and all(isinstance(name, str) and name in groups for name in unproved)
         and isinstance(refused, list)
         and all(isinstance(one, dict) for one in refused)
         and all(isinstance(t, str) for t in (*texts, *versions.values(), *(v for one in refused for v in one.values())))

@@ -18,7 +18,7 @@ from .channels import ChannelMap
 from .config import AXES, Metric, SPPConfig
 from .errors import CalibrationError, EqualFunctionError, IllegalAxisError, SPPConfigError
 from .permutation import gather_indices, salient_order
-from .proof import Proof, Witness, default_tolerance
+from .proof import Proof, Witness, default_tolerance, places_of
 from .reordering import Reordering, check_writable, history_of, remember
 from .saliency import check_finite, weight_scores
 from .version import __version__
@@ -67,7 +67,7 @@ def apply_spp(
     tensors = named_tensors(model)
     config = _settle(config, groups, calibration)
     _check_finite(model, groups, config)
-    witness = Witness(model, example_inputs, config.seed) if config.verify else None
+    witness = Witness(model, example_inputs, config.seed, groups) if config.verify else None
     scores = _score(model, tensors, groups, config, calibration)
     orders = {name: salient_order(values) for name, values in scores.items()}
     indices = gather_indices(groups, orders, {name: tensor.shape for name, tensor in tensors.items()})
@@ -94,6 +94,12 @@ def apply_spp(
     except BaseException:
         gather_model(model, invert_indices(indices))
         raise
+    if proof is not None and proof.unproved:
+        logger.warning(
+            f"The proof did not run {len(proof.unproved)} of {len(orders)} groups of {type(model).__name__}; nothing "
+            f"shows that these still compute the same: {', '.join(places_of(proof.unproved, orders))}. "
+            "Give example_inputs that reach them."
+        )
     if not reordering.changed:
         logger.warning(f"{type(model).__name__} was already in this order; no channel moved.")
     return reordering
