@@ -110,9 +110,8 @@ def _judge(index: ModelIndex, unit: AttentionUnit) -> None:
         heads = unit.sizes["k"] * unit.sizes["r"]
         if buffer.is_floating_point() and heads > 1 and heads in buffer.shape and name not in explained:
             unit.refused.setdefault("heads", written.HEAD_BUFFER_REASON.format(name=index.short(name)))
-    config = getattr(index.model, "config", None)
     for (name, value), reasons in written.CONFIG_EXCEPTIONS.items():
-        if getattr(config, name, None) == value:
+        if any(getattr(config, name, None) == value for config in index.configs):
             unit.refused |= {axis: reason for axis, reason in reasons.items() if axis not in unit.refused}
     for holder in (module, index.modules.get(unit.owner.rpartition(".")[0])):
         for axis, reason in written.ATTENTION_EXCEPTIONS.get(type(holder).__name__, {}).items():

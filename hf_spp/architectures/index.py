@@ -81,6 +81,9 @@ class ModelIndex:
         self.matched: list[Pattern] = []
         """Registered patterns that fitted somewhere."""
         self.modules = dict(model.named_modules())
+        configs = (getattr(module, "config", None) for module in self.modules.values())
+        self.configs = list({id(config): config for config in configs if config is not None}.values())
+        """Configs of the model and of the models in it."""
         self.parameters: dict[str, nn.Parameter] = {}
         """Every parameter by its first name, so that a shared one moves once."""
         self.tensors: dict[str, Tensor] = {}
