@@ -96,9 +96,19 @@ class _Guesses:
 
     # Texts
 
+    @property
+    def embedding(self) -> nn.Module | None:
+        """The embedding of the model's tokens, as far as it says."""
+        try:
+            found: nn.Module = self.model.get_input_embeddings()
+            return found
+        except Exception:  # some models raise, others have no such method
+            return None
+
     def ids(self, *shape: int) -> Tensor:
         """Random tokens that mean nothing special, with the end-of-sequence token last, as classifiers expect."""
         sizes = [size for config in self.configs if isinstance(size := getattr(config, "vocab_size", None), int)]
+        sizes += [module.num_embeddings for module in (self.embedding,) if isinstance(module, nn.Embedding)]
         vocabulary = min([size for size in sizes if size > 1] or [100])
         named = (
             v for config in self.configs for n, v in vars(config).items() if n.endswith(("token_id", "token_index"))

@@ -18,21 +18,24 @@ _INTERNAL_OUTPUTS = re.compile(r"past_key_values|(\w+_)?attentions|(\w+_)?router
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Run the block in evaluation mode; every module's own mode comes back afterwards.
+    """Run the block in evaluation mode; afterwards every module has its own mode again.
 
-    So does every other plain attribute: some models set one by the inputs they see, as Swin does its window size.
+    So has it its children and other plain attributes: short or small inputs make some models, as BigBird and Swin,
+    take another attention or a smaller window for good.
     """
     plain = (bool, int, float, str, tuple, type(None))
     states = [
-        (module, {name: value for name, value in vars(module).items() if isinstance(value, plain)})
+        (module, {k: v for k, v in vars(module).items() if isinstance(v, plain)}, dict(module._modules))
         for module in model.modules()
     ]
     model.eval()
     try:
         yield
     finally:
-        for module, state in states:
-            vars(module).update(state)
+        for module, attributes, children in states:
+            vars(module).update(attributes)
+            module._modules.clear()
+            module._modules.update(children)
 
 
 @contextmanager

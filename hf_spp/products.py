@@ -140,11 +140,15 @@ class InnerFlows(TorchDispatchMode):  # type: ignore[no-untyped-call]
             found = True
             weights = parameter.as_strided(part.shape, part.stride, part.offset + parameter.storage_offset())
             norms = channel_sums(weights, weights.dim() - 2, power=2, stacked=weights.dim() == 3)
-            is_entry = parameter.dim() == 3 and weights.dim() == 2 and weights.numel() < parameter.numel()
+            # One expert of several sees some of the tokens.
+            is_entry = weights.dim() == 2 and weights.numel() < parameter.numel() and not self._in_attention(member)
             energy = (flow.squares / self._tokens[member.tensor] if is_entry else flow.energy) * norms
             entries = places // parameter.stride(0) if member.stacked else torch.zeros_like(places)
             total.index_put_((entries, channels), energy, accumulate=True)
         return (total if member.stacked else total[0]) if found else None
+
+    def _in_attention(self, member: Member) -> bool:
+        return any(isinstance(o, nn.MultiheadAttention) for o, names in self._owned.items() if member.tensor in names)
 
     def written_energy(self, member: Member) -> Tensor | None:
         """Mean square of what an input projection of nn.MultiheadAttention writes, `[rows]`; None if it never ran."""

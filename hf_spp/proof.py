@@ -158,7 +158,9 @@ class _Run:
     @property
     def is_sound(self) -> bool:
         """Whether the outputs are numbers; infinity is what some models put where there is nothing."""
-        return not any(bool(value.isnan().any()) or bool(value.isinf().all()) for value in self.outputs.values())
+        return all(value.numel() == 0 or bool(value.isfinite().any()) for value in self.outputs.values()) and not any(
+            bool(value.isnan().any()) for value in self.outputs.values()
+        )
 
 
 def _best_run(

@@ -46,8 +46,11 @@ class Owners:
         modules = dict(model.named_modules())
         for path, module in modules.items():
             around = modules[path.rpartition(".")[0]]
-            # It computes with its output projection itself and never calls it.
-            owner = around if isinstance(around, nn.MultiheadAttention) else module
+            # It computes with its output projection itself and never calls it; experts hand out tokens to what is inside.
+            computes = isinstance(around, nn.MultiheadAttention) or (
+                path.rpartition(".")[0].endswith("experts") and "weight" not in module._parameters
+            )
+            owner = around if computes else module
             for parameter in module._parameters.values():
                 self._modules[id(parameter)].append(owner)
 

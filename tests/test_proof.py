@@ -5,15 +5,26 @@ import contextlib
 import pytest
 import torch
 import transformers
-from conftest import build_model, outputs_of, same_bits, weights_of
+from conftest import ARCHITECTURES, build_model, heads_of, outputs_of, same_bits, weights_of
 from torch import nn
 
-from hf_spp import EqualFunctionError, ExampleInputsError, SPPConfig, apply_spp
+from hf_spp import (
+    CheckpointError,
+    EqualFunctionError,
+    ExampleInputsError,
+    Reordering,
+    SPPConfig,
+    apply_spp,
+    channel_groups,
+    proof,
+    transform,
+)
 from hf_spp import apply as writing
 from hf_spp.apply import gather_tensors, varied_constants
 from hf_spp.architectures import patterns
 from hf_spp.architectures.index import Projection
 from hf_spp.conversion import verify_checkpoint
+from hf_spp.proof import Witness
 
 _SIZES = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 20}
 
@@ -199,3 +210,255 @@ def test_nothing_is_written_to_trained_weights(monkeypatch):
     model = build_model("bert")
     monkeypatch.setattr(writing, "_vary", None)
     assert apply_spp(model, SPPConfig(metric="random")).changed
+
+
+# --- inputs from the config -------------------------------------------------------------------------------------------
+
+_VISION = {**_SIZES, "image_size": 8, "patch_size": 4}
+_TEXT = {**_SIZES, "vocab_size": 40, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+_GENERATING = {
+    "d_model": 24, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 3, "decoder_attention_heads": 3,
+    "encoder_ffn_dim": 20, "decoder_ffn_dim": 20, "vocab_size": 40, "pad_token_id": 0, "bos_token_id": 1,
+    "eos_token_id": 2, "decoder_start_token_id": 1,
+}  # fmt: skip
+
+
+def build(name, **values):
+    return lambda: fresh_model(getattr(transformers, name), **values)
+
+
+def clip(name="CLIPModel"):
+    text, vision = {**_TEXT, "max_position_embeddings": 16}, _VISION
+    return fresh_model(getattr(transformers, name), text_config=text, vision_config=vision, projection_dim=12)
+
+
+def llava():
+    vision = transformers.CLIPVisionConfig(**{**_VISION, "num_hidden_layers": 3})
+    text = transformers.LlamaConfig(**_TEXT)
+    return fresh_model(
+        transformers.LlavaForConditionalGeneration, vision_config=vision, text_config=text, image_token_index=39
+    )
+
+
+def qwen2_vl():
+    vision = {"depth": 1, "embed_dim": 16, "hidden_size": 24, "num_heads": 2, "mlp_ratio": 2, "patch_size": 4}
+    rope = {"type": "mrope", "mrope_section": [1, 1, 2], "rope_type": "default"}
+    text = {**_TEXT, "num_key_value_heads": 3, "rope_parameters": rope}
+    tokens = {"image_token_id": 37, "video_token_id": 38, "vision_start_token_id": 35, "vision_end_token_id": 36}
+    return fresh_model(transformers.Qwen2VLForConditionalGeneration, vision_config=vision, text_config=text, **tokens)
+
+
+def vision_encoder_decoder():
+    encoder, decoder = transformers.ViTConfig(**_VISION), transformers.BertConfig(**_SIZES, vocab_size=40)
+    config = transformers.VisionEncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)
+    with torch.random.fork_rng(devices=[]):
+        return transformers.VisionEncoderDecoderModel(config).eval()
+
+
+BUILT = {
+    "causal-lm": build("Qwen3ForCausalLM", **_TEXT, num_key_value_heads=3, head_dim=8),
+    "experts": build("MixtralForCausalLM", **_TEXT, num_key_value_heads=3, num_local_experts=3),
+    "cross-attention": build("BartForCausalLM", **_GENERATING),
+    "encoder-decoder": build("BartForSequenceClassification", **_GENERATING),
+    "bounding-boxes": build("LayoutLMModel", **_TEXT, max_position_embeddings=16),
+    "dual-encoder": clip,
+    "pooling-head": build("SiglipVisionModel", **_VISION),
+    "windows": fresh_swin,
+    "video": build("VideoMAEModel", **_VISION, num_frames=4),
+    "placeholders": llava,
+    "patches-in-a-row": qwen2_vl,
+    "image-to-text": vision_encoder_decoder,
+    "speech": build("WhisperForConditionalGeneration", **_GENERATING, num_mel_bins=8, max_source_positions=6),
+    "waves": build(
+        "Wav2Vec2Model", **_SIZES, conv_dim=(8, 8), conv_kernel=(10, 3), conv_stride=(5, 2), num_feat_extract_layers=2,
+        num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2,
+    ),
+    "time-series": build(
+        "PatchTSTModel", context_length=16, patch_length=4, num_input_channels=2, d_model=24, num_attention_heads=3,
+        ffn_dim=20, num_hidden_layers=1,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("build", BUILT.values(), ids=BUILT)
+def test_built_inputs_reach_every_group(build):
+    model = build()
+    reordering = apply_spp(model, SPPConfig(metric="random"))
+    assert reordering.changed
+    assert reordering.proof.unproved == ()
+
+
+@pytest.mark.parametrize(("name", "head"), [(name, head) for name in ARCHITECTURES for head in heads_of(name)])
+def test_built_inputs_reach_every_group_of_every_head(name, head):
+    model = build_model(name, head)
+    assert Witness(model, groups=channel_groups(model)).unproved == ()
+
+
+def test_experts_are_proved_in_double_precision():
+    """The implementation that is the default does not take it."""
+    model = BUILT["experts"]().double()
+    assert model.config._experts_implementation == "grouped_mm"
+    assert apply_spp(model, SPPConfig(metric="random")).relative_diff < 1e-10
+    assert model.config._experts_implementation == "grouped_mm"
+
+
+def test_attributes_that_inputs_set_come_back():
+    """Swin takes a smaller window for good once an image is too small for its own."""
+    model = fresh_model(
+        transformers.SwinModel, image_size=32, patch_size=4, embed_dim=12, depths=[2], num_heads=[3], window_size=4
+    )
+    pixels = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    small = {"pixel_values": torch.ones(1, 3, 8, 8)}
+    windows = [getattr(module, "window_size", None) for module in model.modules()]
+    before = outputs_of(model, {"pixel_values": pixels})
+    with pytest.raises(ExampleInputsError):
+        apply_spp(model, SPPConfig(metric="random"), example_inputs=small)
+    apply_spp(model, SPPConfig(metric="random"))
+    assert [getattr(module, "window_size", None) for module in model.modules()] == windows
+    torch.testing.assert_close(outputs_of(model, {"pixel_values": pixels}), before, rtol=1e-5, atol=1e-5)
+
+
+def test_modules_that_inputs_replace_come_back():
+    """BigBird takes full attention for good once a text is too short for sparse attention."""
+    model = build("BigBirdModel", **_TEXT, attention_type="block_sparse", block_size=2, num_random_blocks=1)()
+    modules = dict(model.named_modules())
+    apply_spp(model, SPPConfig(metric="random"))
+    assert model.attention_type == "block_sparse"
+    assert {path: id(module) for path, module in model.named_modules()} == {p: id(m) for p, m in modules.items()}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"patch_size": "large"}, {"image_size": None}, {"num_channels": [3]}, {"patch_size": ()}, {"image_size": {}}],
+    ids=str,
+)
+def test_odd_settings_only_mean_that_no_inputs_can_be_built(settings):
+    model = build_model("vit")
+    for name, value in settings.items():
+        vars(model.config)[name] = value
+    with contextlib.suppress(ExampleInputsError):
+        assert apply_spp(model, SPPConfig(metric="random")).changed
+
+
+def test_settings_that_are_missing():
+    """Many configs have no end-of-sequence token, and some no vocabulary."""
+    model = build_model("bert")
+    vars(model.config).update(vocab_size=None, eos_token_id=None)
+    assert apply_spp(model, SPPConfig(metric="random")).changed
+
+
+# --- outputs ----------------------------------------------------------------------------------------------------------
+
+
+def masked_outputs(model, value):
+    """The same model with an output that is not finite in some places."""
+
+    class Masked(type(model)):
+        def forward(self, pixel_values, **options):
+            output = super().forward(pixel_values=pixel_values, **options)
+            output["masked"] = output.logits.clone()
+            output["masked"][..., 0] = value
+            return output
+
+    model.__class__ = Masked
+    return model
+
+
+def test_infinite_outputs_are_compared_where_they_are_finite():
+    model = masked_outputs(build_model("vit"), -torch.inf)
+    witness = Witness(model)
+    assert apply_spp(model, SPPConfig(metric="random")).relative_diff < 1e-5
+    model.classifier.bias.data[1] += 1
+    assert witness.compare(model).max_abs_diff > 0.5
+
+
+def test_outputs_that_are_infinite_elsewhere_differ():
+    model = build_model("vit")
+    witness = Witness(masked_outputs(model, -torch.inf))
+    assert witness.compare(masked_outputs(model, torch.inf)).relative_diff == torch.inf
+
+
+def test_outputs_that_are_no_numbers_are_refused():
+    with pytest.raises(ExampleInputsError, match="puts out NaN or infinity"):
+        Witness(masked_outputs(build_model("vit"), torch.nan))
+
+
+def test_model_that_does_not_run_afterwards(monkeypatch):
+    model = build_model("vit")
+    before, runs, run = weights_of(model), [], proof._outputs
+
+    def fail(*arguments):
+        runs.append(arguments)
+        if len(runs) == 2:
+            raise ValueError("no more")
+        return run(*arguments)
+
+    monkeypatch.setattr(proof, "_outputs", fail)
+    with pytest.raises(EqualFunctionError, match=r"does not after its channels moved: no more\. Give other"):
+        apply_spp(model, SPPConfig(metric="random"))
+    assert same_bits(model, before)
+
+
+@pytest.mark.parametrize("change", [{}, {"logits": torch.zeros(1, 7)}], ids=["missing", "another-shape"])
+def test_outputs_of_another_form_differ(change, monkeypatch):
+    model = build_model("vit")
+    witness = Witness(model)
+    monkeypatch.setattr(proof, "_outputs", lambda *arguments: change)
+    assert witness.compare(model).relative_diff == torch.inf
+
+
+# --- groups that the inputs do not reach ------------------------------------------------------------------------------
+
+
+def test_groups_that_the_inputs_do_not_reach(monkeypatch):
+    model, warnings = llava(), []
+    monkeypatch.setattr(transform.logger, "warning", warnings.append)
+    inputs = {"input_ids": torch.tensor([[5, 6, 7]])}
+    reordering = apply_spp(model, SPPConfig(metric="random"), example_inputs=inputs)
+    unproved = {name for name in reordering.orders if not name.startswith("language_model")}
+    assert unproved
+    assert set(reordering.proof.unproved) == unproved
+    assert len(warnings) == 1
+    assert f"did not run {len(unproved)} of {len(reordering.orders)} groups of Llava" in warnings[0]
+    assert "same: vision_tower, multi_modal_projector. Give example_inputs" in warnings[0]
+    assert f"NOT checked of {len(unproved)} groups: vision_tower, multi_modal_projector" in str(reordering)
+    again = Reordering.from_bytes(reordering.to_bytes())
+    assert again.proof == reordering.proof
+    warnings.clear()
+    assert apply_spp(llava(), SPPConfig(metric="random")).proof.unproved == ()
+    assert warnings == []
+
+
+def test_part_of_a_tower_that_the_inputs_do_not_reach(monkeypatch):
+    model, warnings = BUILT["cross-attention"](), []
+    monkeypatch.setattr(transform.logger, "warning", warnings.append)
+    apply_spp(model, SPPConfig(metric="random"), example_inputs={"input_ids": torch.tensor([[5, 6, 7]])})
+    assert "same: decoder.layers.*.encoder_attn. Give" in warnings[0]
+
+
+def test_only_groups_that_move_are_named():
+    model = llava()
+    inputs = {"input_ids": torch.tensor([[5, 6, 7]])}
+    config = SPPConfig(metric="random", towers=("language_model",))
+    assert apply_spp(model, config, example_inputs=inputs).proof.unproved == ()
+
+
+def test_tied_parameters_count_wherever_they_run():
+    """The embedding of T5 has its first name at a module that never runs."""
+    model = build_model("t5")
+    witness = Witness(model, groups=channel_groups(model).select(("hidden",)))
+    assert witness.unproved == ()
+
+
+def test_orders_from_before_groups_were_told_apart():
+    reordering = apply_spp(build_model("vit"), SPPConfig(metric="random"))
+    stored = reordering.summary()
+    assert stored.pop("unproved") == []
+    groups = {name: [reordering.axis_of[name], reordering.layer_of[name]] for name in reordering.orders}
+    parts = {"summary": stored, "groups": groups, "config": reordering.config.to_dict()}
+    assert Reordering._from_parts(reordering.orders, reordering.scores, parts).proof == reordering.proof
+    for wrong in ("all", ["elsewhere.ffn"], [["nested"]], {}):
+        with pytest.raises(CheckpointError, match="of another type"):
+            Reordering._from_parts(
+                reordering.orders, reordering.scores, {**parts, "summary": {**stored, "unproved": wrong}}
+            )
