@@ -46,7 +46,7 @@ class Owners:
         modules = dict(model.named_modules())
         for path, module in modules.items():
             around = modules[path.rpartition(".")[0]]
-            # It computes with its output projection itself and never calls it; experts hand out tokens to what is inside.
+            # The one never calls its output projection, the others hand out tokens to what is inside of them.
             computes = isinstance(around, nn.MultiheadAttention) or (
                 path.rpartition(".")[0].endswith("experts") and "weight" not in module._parameters
             )

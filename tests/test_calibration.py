@@ -501,6 +501,39 @@ def test_experts_do_not_depend_on_padding_and_batches(kind, metric):
     assert_same_scores(found, expected, tolerance=1e-9)
 
 
+def test_experts_whose_parameters_are_in_a_part_of_them():
+    """DBRX keeps all matrices below each other in one, in a module that sees the tokens of one expert at a time."""
+    config = transformers.DbrxConfig(
+        vocab_size=40, d_model=12, n_heads=2, n_layers=1, max_seq_len=16, pad_token_id=0,
+        attn_config={"kv_n_heads": 1, "clip_qkv": 8.0, "rope_theta": 1e4},
+        ffn_config={"ffn_hidden_size": 8, "moe_num_experts": 3},
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        model = randomize(transformers.DbrxForCausalLM(config)).double().eval()
+    batch, flows = text_batch(), {}
+    inner = model.transformer.blocks[0].ffn.experts.mlp
+    single = [
+        {"input_ids": ids[: int(mask.sum())][None]}
+        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    ]
+
+    def watch(_, args):
+        states, w1, v1, w2 = args
+        expert = (w2.storage_offset() - inner.w2.storage_offset()) // w2.numel()
+        neurons = inner.activation_fn(states @ w1.T) * (states @ v1.T)
+        flows[expert] = flows.get(expert, 0) + neurons.square().sum(0) * w2.square().sum(1)
+
+    handle = inner.register_forward_pre_hook(watch)
+    with torch.no_grad():
+        for sample in single:
+            model(**sample)
+    handle.remove()
+    found = expert_scores(model, [batch], "activation")["blocks.0.ffn.experts.mlp.ffn"]
+    tokens = int(batch["attention_mask"].sum())
+    for expert in range(3):
+        torch.testing.assert_close(found[expert], (flows.get(expert, torch.zeros(8).double()) / tokens).sqrt())
+
+
 @pytest.mark.parametrize("metric", ["activation", "taylor"])
 def test_experts_that_no_token_reaches_score_zero(metric):
     model = build_experts("mixtral")

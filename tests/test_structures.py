@@ -234,3 +234,13 @@ def test_groups_have_distinct_names_and_fit_their_tensors():
                 assert places.shape[:2] == (1 if member.stacked else group.blocks, group.size)
                 assert places.unique().numel() == places.numel()
             assert dataclasses.replace(group) == group
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss", "dbrx"])
+def test_experts_read_the_stream_where_they_write_neurons(model_type):
+    groups = channel_groups(build(model_type).model)
+    stream = {member.tensor: member.role for member in groups.by_name["hidden"].members}
+    for group in groups:
+        for member in group.members if group.axis == "ffn" else ():
+            if member.is_matrix and member.role != "other":
+                assert stream[member.tensor] == {"producer": "consumer", "consumer": "producer"}[member.role]

@@ -4,10 +4,14 @@ import re
 
 from torch import nn
 
+from ..channels import Role
 from . import patterns as written
 from .groups import fits
 from .index import Feature, ModelIndex, join
 from .units import FeedForwardUnit, Misfit
+
+# What writes the neurons reads the stream, and the other way round.
+_STREAM_ROLES: dict[Role, Role] = {"producer": "consumer", "consumer": "producer", "other": "other"}
 
 
 def find_experts(index: ModelIndex, path: str, module: nn.Module) -> FeedForwardUnit | Misfit | None:
@@ -52,7 +56,7 @@ def _expert_unit(
         features.append(Feature(name, layout, role))  # type: ignore[arg-type]
     unit = FeedForwardUnit(path, neurons, features, experts=experts)
     unit.stacked = [
-        Feature(one.tensor, re.sub(r"\b[io]\b", "s", one.layout), one.role)
+        Feature(one.tensor, re.sub(r"\b[io]\b", "s", one.layout), _STREAM_ROLES[one.role])
         for one in features
         if re.search(r"\b[io]\b", one.layout)
     ]
@@ -68,7 +72,7 @@ def _flat_expert_unit(index: ModelIndex, path: str, names: list[str], experts: i
     features = [Feature(name, "(x m) i", "producer") for name in names[:-1]]
     features.append(Feature(names[-1], "(x m) o", "consumer"))
     unit = FeedForwardUnit(path, next(iter(rows))[0] // experts, features, experts=experts)
-    unit.stacked = [Feature(one.tensor, "(x m) s", one.role) for one in features]
+    unit.stacked = [Feature(one.tensor, "(x m) s", _STREAM_ROLES[one.role]) for one in features]
     _find_router(index, unit)
     return unit
 
