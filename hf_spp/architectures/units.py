@@ -104,7 +104,22 @@ class AttentionUnit:
 
 @dataclass
 class FeedForwardUnit:
-    """Intermediate neurons `m` and every tensor that holds them, stacked over experts `x` or not."""
+    """Intermediate neurons `m` and every tensor that holds them, stacked over experts `x` or not.
+
+    Attributes:
+        path: The module that holds the projections.
+        neurons: How many there are, in each expert.
+        features: The tensors, in the written map's axis names.
+        readers: Projections that read the residual stream; none where experts are stacked.
+        writers: Projections that write it.
+        experts: How many experts are stacked, None where none are.
+        expert_groups: Groups of experts that the router chooses among.
+        router: The router's tensors with an entry per expert.
+        refused: Reason by axis that may not move.
+        stacked: Where stacked experts and their router hold the residual stream `s`.
+        beside: What a registered pattern says no neuron reaches.
+        notes: What stays in place, by axis, although others of the axis move.
+    """
 
     path: str
     neurons: int
