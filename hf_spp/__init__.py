@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .errors import (
+    AdapterError,
     AssetError,
     CalibrationError,
     CallbackError,
@@ -15,7 +16,9 @@ from .errors import (
     HubError,
     IllegalAxisError,
     NonFiniteWeightsError,
+    OptimizerError,
     OrdersError,
+    RanksDisagreeError,
     SPPConfigError,
     SPPError,
     UnsupportedArchitectureError,
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
     from .transform import apply_spp
 
 __all__ = [
+    "AdapterError",
     "AssetError",
     "AttentionPattern",
     "CalibrationError",
@@ -49,7 +53,9 @@ __all__ = [
     "IllegalAxisError",
     "Member",
     "NonFiniteWeightsError",
+    "OptimizerError",
     "OrdersError",
+    "RanksDisagreeError",
     "Refusal",
     "Reordering",
     "SPPCallback",

@@ -3,11 +3,20 @@
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
-Indices = Mapping[str, Mapping[int, Tensor]]
+from .errors import UnsupportedModelError
+from .processes import is_whole, local_part, whole, write_whole
+from .structure import inner_model, is_sharded, part_of, plain_structure, reshard, tuner_layers
+
+Dims = Mapping[int, Tensor]
+Indices = Mapping[str, Dims]
+Move = tuple[Tensor, Dims]
+Moves = Mapping[str, Move]
 
 # Tensors are gathered a piece at a time: both copies of a piece stay in a processor's cache, and no more is held.
 _PIECE_BYTES = 2 << 20
@@ -45,23 +54,130 @@ def invert_indices(indices: Indices) -> dict[str, dict[int, Tensor]]:
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers of a model by name, shared ones under their first name; writing to them writes there."""
-    tensors = {name: parameter.data for name, parameter in model.named_parameters()}
-    return {**tensors, **dict(model.named_buffers())}
+    """Parameters and buffers of the plain model by name, shared ones under their first name; writing goes there.
+
+    Of a layer that is trained beside its original, the trained one; of a sharded parameter, the shards.
+    """
+    with plain_structure(model) as plain:
+        reshard(plain)
+        tensors = {name: parameter.data for name, parameter in plain.named_parameters()}
+        return {**tensors, **dict(plain.named_buffers())}
 
 
-def gather_model(model: nn.Module, indices: Indices) -> None:
-    """Move channels of a model's parameters and buffers in place, and of gradients that lie beside them.
+def gather_model(model: nn.Module, indices: Indices, *, others: Moves | None = None) -> None:
+    """Move channels of a model's parameters and buffers in place, with its adapters, copies and gradients.
 
     Args:
-        model: The model to write to.
-        indices: Gather index of each moved dimension, by tensor name and dimension.
+        model: The model to write to, plain or in training.
+        indices: Gather index of each moved dimension, by name of the plain model's tensor and dimension.
+        others: Tensors that move along, each with its own index, by any name.
     """
-    tensors, moves = named_tensors(model), dict(indices)
-    for name, parameter in model.named_parameters():
-        if name in indices and parameter.grad is not None:
-            tensors[f"{name}.grad"], moves[f"{name}.grad"] = parameter.grad, indices[name]
-    gather_tensors(tensors, moves)
+    moves = live_moves(model, indices)
+    for name, parameter in inner_model(model).named_parameters():
+        if name in moves and parameter.grad is not None:
+            moves[f"{name}.grad"] = (parameter.grad, moves[name][1])
+    for name, move in (others or {}).items():
+        moves[f"{name} beside the model"] = move
+    carry(moves)
+
+
+def carry(moves: Moves) -> None:
+    """Move channels of tensors in place, each by its own index, all of them or none."""
+    tensors = {name: tensor for name, (tensor, _) in moves.items()}
+    gather_tensors(tensors, {name: dims for name, (_, dims) in moves.items()})
+
+
+def invert_moves(moves: Moves) -> dict[str, Move]:
+    """The moves that bring every tensor back."""
+    return {name: (tensor, _invert(dims)) for name, (tensor, dims) in moves.items()}
+
+
+def live_moves(model: nn.Module, indices: Indices) -> dict[str, Move]:
+    """Each tensor of a model in training that moves, by its own name, and the index of each of its dimensions.
+
+    Raises:
+        UnsupportedModelError: An adapter adds to a moved weight in a way that is not known.
+    """
+    model = inner_model(model)
+    reshard(model)
+    turned = {
+        part_of(f"{path}.weight").tensor
+        for path, module in model.named_modules()
+        if isinstance(module, (Conv1D, nn.Embedding))
+    }
+    tensors = {**{name: one.data for name, one in model.named_parameters()}, **dict(model.named_buffers())}
+    moves: dict[str, Move] = {}
+    for name, tensor in tensors.items():
+        part = part_of(name)
+        dims = indices.get(part.tensor, {})
+        if part.adapter is not None and dims:
+            dims = adapter_dims(name, tuple(tensor.shape), dims, turned=part.tensor in turned)
+        if dims:
+            moves[name] = (tensor, dims)
+    return moves
+
+
+def adapter_dims(name: str, shape: tuple[int, ...], dims: Dims, *, turned: bool = False) -> Dims:
+    """The index of each dimension of an adapter's tensor, from those of the weight that it adds to.
+
+    `lora_A` reads what the weight reads, `lora_B` and DoRA's magnitudes write what it writes.
+
+    Args:
+        name: Name of the adapter's tensor.
+        shape: Its shape.
+        dims: Gather index of each moved dimension of the weight.
+        turned: Whether the weight is `[inputs, outputs]`, as in GPT-2 and in embeddings; the adapter's never are.
+
+    Raises:
+        UnsupportedModelError: The kind of the adapter is not known.
+    """
+    part = part_of(name)
+    outputs, inputs = (dims.get(1), dims.get(0)) if turned else (dims.get(0), dims.get(1))
+    kinds = {"lora_A": (inputs, 1), "lora_embedding_A": (inputs, 1), "lora_B": (outputs, 0)}
+    # A vector, or [1, outputs, 1, 1] beside a convolution.
+    kinds |= {"lora_embedding_B": (outputs, 0), "lora_magnitude_vector": (outputs, 0 if len(shape) == 1 else 1)}
+    if part.adapter not in kinds:
+        raise UnsupportedModelError(
+            f"Adapter tensor {name} {list(shape)} adds to {part.tensor}, whose channels move, in a way that is not "
+            "known. Accepted: lora_A, lora_B, lora_embedding_A, lora_embedding_B and lora_magnitude_vector. Merge the "
+            "adapter (merge_and_unload), or reorder before it is added."
+        )
+    index, place = kinds[part.adapter]
+    if index is None:
+        return {}
+    if index.dim() != 1 or place >= len(shape) or shape[place] != len(index):
+        raise UnsupportedModelError(
+            f"Adapter tensor {name} is {list(shape)}, which does not fit the {len(index)} channels of {part.tensor} "
+            "that move. Merge the adapter (merge_and_unload), or reorder before it is added."
+        )
+    return {place: index}
+
+
+@contextmanager
+def effective_weights(model: nn.Module) -> Iterator[Any]:
+    """Give the plain model inside the block, its weights with what active adapters add to them.
+
+    Afterwards every bit is as before. The weights that adapters add to are copied meanwhile. Where weights are divided
+    among processes, adapters do not count.
+    """
+    layers = [] if is_sharded(model) else [one for one in tuner_layers(model) if one.active_adapters and not one.merged]
+    kept = []
+    try:
+        for layer in layers:
+            if not layer.disable_adapters:
+                base = layer.get_base_layer()
+                kept.append((layer, [(one, one.data, one.detach().clone()) for one in base.parameters()]))
+                layer.merge()
+        with plain_structure(model) as plain:
+            yield plain
+    finally:
+        for layer, parameters in reversed(kept):
+            for parameter, storage, before in parameters:
+                parameter.data = storage
+                storage.copy_(before)
+            layer.merged_adapters.clear()
+            # What DoRA keeps for taking the adapter out again.
+            layer._caches.clear()
 
 
 @contextmanager
@@ -77,16 +193,18 @@ def varied_constants(model: nn.Module, seed: int, indices: Indices | None = None
         seed: Seed of the values, which also depend on the tensor's name and nothing else.
         indices: What moved since the values of the same seed were there, so that they are where they had come to.
     """
-    tensors = named_tensors(model)
+    model = inner_model(model)
+    tensors = {**{name: one.data for name, one in model.named_parameters()}, **dict(model.named_buffers())}
     for path, module in model.named_modules():
         for name in module._non_persistent_buffers_set:
             tensors.pop(f"{path}.{name}" if path else name, None)
     constants = {name: value for name, tensor in tensors.items() if (value := _constant(tensor)) is not None}
+    moves = live_moves(model, indices or {})
     try:
         with torch.no_grad():
             for name, value in constants.items():
                 _vary(tensors[name], value, zlib.crc32(f"{seed}:{name}".encode()))
-        gather_tensors(tensors, {name: dims for name, dims in (indices or {}).items() if name in constants})
+        gather_tensors(tensors, {name: dims for name, (_, dims) in moves.items() if name in constants})
         yield
     finally:
         with torch.no_grad():
@@ -97,7 +215,7 @@ def varied_constants(model: nn.Module, seed: int, indices: Indices | None = None
 def _constant(tensor: Tensor) -> Tensor | None:
     """The value that all entries of a tensor have, bit for bit; None if they differ or are no weights."""
     # Entries that share memory cannot be written one by one.
-    if not tensor.is_floating_point() or tensor.numel() < 2 or 0 in tensor.stride():
+    if not is_whole(tensor) or not tensor.is_floating_point() or tensor.numel() < 2 or 0 in tensor.stride():
         return None
     bits = tensor.view(_INTEGERS[tensor.element_size()])
     # Trained weights differ within their first row; the others are read once.
@@ -122,7 +240,18 @@ def _invert(dims: Mapping[int, Tensor]) -> dict[int, Tensor]:
     return {dim: index[dims[0]] if index.dim() == 2 and 0 in dims else index for dim, index in inverse.items()}
 
 
-def _gather(tensor: Tensor, dims: Mapping[int, Tensor]) -> None:
+def _gather(tensor: Tensor, dims: Dims) -> None:
+    """Gather by every index; of a tensor that is divided among processes, the whole where a divided dimension moves."""
+    local = local_part(tensor, {*dims, *(0 for index in dims.values() if index.dim() == 2)})
+    if local is not None:
+        _gather_local(local, dims)
+        return
+    values = whole(tensor)
+    _gather_local(values, dims)
+    write_whole(tensor, values)
+
+
+def _gather_local(tensor: Tensor, dims: Dims) -> None:
     """Gather by every index, those per entry of the first dimension first."""
     done: list[tuple[Tensor, int, Tensor]] = []
     try:

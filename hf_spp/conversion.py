@@ -17,8 +17,9 @@ from .cards.results import ComparisonResults
 from .config import SPPConfig
 from .hub import find_files
 from .loading import companion_files, load_model, quiet_transformers
+from .orders_file import ORDERS_NAME
 from .proof import Proof, Witness, default_tolerance
-from .reordering import ORDERS_NAME, Reordering
+from .reordering import Reordering
 from .saliency import weight_scores
 from .transform import apply_spp
 

@@ -63,3 +63,15 @@ class DatasetError(SPPError, ValueError):
 
 class CallbackError(SPPError, RuntimeError):
     """`SPPCallback` was used in a way that would lose or repeat a reordering."""
+
+
+class OptimizerError(SPPError, ValueError):
+    """An optimizer's state cannot move with the channels of the weights; nothing was moved."""
+
+
+class AdapterError(SPPError, ValueError):
+    """An adapter does not belong to the model of the orders, or its weights cannot be carried over."""
+
+
+class RanksDisagreeError(SPPError, RuntimeError):
+    """The processes of a run would have reordered the model in different ways; nothing was moved."""

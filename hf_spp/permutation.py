@@ -94,6 +94,24 @@ def compose_orders(groups: Iterable[ChannelGroup], first: Orders, second: Orders
     return composed
 
 
+def scores_before(groups: Iterable[ChannelGroup], orders: Orders, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Scores of channels at the places that `orders` brought them to, at their original places.
+
+    Args:
+        groups: The groups that the scores belong to.
+        orders: What had moved; a group missing in it stayed in place.
+        scores: Scores by place after `orders`, `[blocks, size]`.
+    """
+    before = {}
+    for group in groups:
+        own = orders.get(group.name, torch.arange(group.size).repeat(group.blocks, 1))
+        block_at = _blocks_after(group, orders)
+        original = torch.empty_like(scores[group.name])
+        original[block_at] = torch.empty_like(original).scatter_(1, own[block_at], scores[group.name])
+        before[group.name] = original
+    return before
+
+
 def invert_orders(groups: Iterable[ChannelGroup], orders: Orders) -> dict[str, Tensor]:
     """The orders that bring channels back to where they were before `orders`."""
     inverse = {}

@@ -18,6 +18,7 @@ from .errors import EqualFunctionError, ExampleInputsError
 from .example_inputs import example_inputs
 from .forward import Float64Throughout, called_modules, evaluation_mode, fixed_rng, output_tensors, run_model, unfused
 from .saliency import check_finite
+from .structure import inner_model, part_of
 
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 8e-2}
 """Largest accepted max|Δ| relative to the output's scale, by the dtype of the weights."""
@@ -71,6 +72,7 @@ class Witness:
         groups: Iterable[ChannelGroup] = (),
     ) -> None:
         self.seed = seed
+        model = inner_model(model)
         with varied_constants(model, seed):
             run = _best_run(model, inputs, seed, tuple(groups))
         self.inputs, self.before, self.unproved = run.inputs, run.outputs, run.unproved
@@ -95,6 +97,7 @@ class Witness:
         Raises:
             EqualFunctionError: The model does not run any more.
         """
+        model = inner_model(model)
         with varied_constants(model, self.seed, indices):
             try:
                 after = _outputs(model, self.inputs, self.seed)
@@ -205,8 +208,9 @@ def _owners(model: nn.Module) -> dict[str, set[str]]:
     """Paths of all modules that hold a parameter or buffer, by each of its names."""
     names: dict[int, list[str]] = defaultdict(list)
     for name, tensor in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)):
-        names[id(tensor)].append(name)
-    return {name: {one.rpartition(".")[0] for one in tied} for tied in names.values() for name in tied}
+        if part_of(name).adapter is None:
+            names[id(tensor)].append(name)
+    return {part_of(name).tensor: {one.rpartition(".")[0] for one in tied} for tied in names.values() for name in tied}
 
 
 def _is_reached(group: ChannelGroup, owners: Mapping[str, set[str]], called: Container[str]) -> bool:

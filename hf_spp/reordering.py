@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,24 +9,21 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
 
 from . import checkpoint, hub
-from .apply import gather_model, invert_indices, named_tensors
+from .adapters import ADAPTER_CONFIG, Direction, read_adapter, remapped, write_adapter
+from .apply import carry, gather_model, invert_indices, named_tensors
 from .architectures import channel_groups, model_type_of
-from .channels import Refusal
-from .config import AXES, CONFIG_NAME, FORMAT_VERSION, SPPConfig, check_format_version
-from .errors import (
-    CheckpointError,
-    OrdersError,
-    UnsupportedModelError,
-)
-from .permutation import check_orders, gather_indices, moved_channels
+from .channels import ChannelMap, Refusal
+from .config import AXES, CONFIG_NAME, FORMAT_VERSION, SPPConfig
+from .errors import AdapterError, CheckpointError, OptimizerError, OrdersError, UnsupportedModelError
+from .optimizers import inner_optimizer, optimizer_moves
+from .orders_file import ORDERS_NAME, StoredOrders, pack_orders, unpack_orders
+from .permutation import check_orders, compose_orders, gather_indices, moved_channels, scores_before
 from .proof import Proof, places_of
+from .structure import inner_model
 
-ORDERS_NAME = "spp_orders.safetensors"
 # The reorderings a live model went through, as far as this process did them; absent means unknown.
 _HISTORY = "_spp_history"
 
@@ -40,8 +36,7 @@ class Reordering:
         config: The settings; `metric` and `axes` state what was really used.
         orders: Per group `[blocks, size]`, int64: entry `[b, i]` is the channel of original block `b` at rank `i`.
         scores: Per group `[blocks, size]`, float32, in the original order.
-        axis_of: The axis of each group.
-        layer_of: The layer of each group, None for a group that spans layers.
+        groups: The groups that were put in order, with every tensor dimension that moved.
         refused: Axes that may not move, where and why.
         proof: How far the outputs moved, None if the proof was switched off.
         tolerance: Largest relative difference that was accepted, None if the proof was switched off.
@@ -54,8 +49,7 @@ class Reordering:
     config: SPPConfig
     orders: Mapping[str, Tensor]
     scores: Mapping[str, Tensor]
-    axis_of: Mapping[str, str]
-    layer_of: Mapping[str, int | None]
+    groups: ChannelMap
     refused: tuple[Refusal, ...]
     proof: Proof | None
     tolerance: float | None
@@ -82,7 +76,17 @@ class Reordering:
     @property
     def axes(self) -> tuple[str, ...]:
         """The axes that were put in order."""
-        return tuple(axis for axis in AXES if axis in self.axis_of.values())
+        return tuple(axis for axis in AXES if axis in self.groups.axes)
+
+    @property
+    def axis_of(self) -> dict[str, str]:
+        """The axis of each group."""
+        return {group.name: group.axis for group in self.groups}
+
+    @property
+    def layer_of(self) -> dict[str, int | None]:
+        """The layer of each group, None for a group that spans layers."""
+        return {group.name: group.layer for group in self.groups}
 
     @cached_property
     def digest(self) -> str:
@@ -93,14 +97,17 @@ class Reordering:
             total.update(self.orders[name].contiguous().numpy().tobytes())
         return total.hexdigest()
 
-    def undo(self, model: PreTrainedModel) -> None:
+    def undo(self, model: nn.Module, optimizer: Any = None) -> None:
         """Bring every channel back to its original place, in place and bit for bit.
 
         Args:
-            model: The reordered model, or one loaded from its checkpoint; training in between is kept.
+            model: The reordered model, or one loaded from its checkpoint; training in between is kept. Adapters move
+                along.
+            optimizer: The optimizer that trains it, whose state moves along.
 
         Raises:
             OrdersError: The orders do not fit this model, or it is not in the order that this reordering made.
+            OptimizerError: The optimizer's state cannot be moved.
         """
         history = history_of(model)
         if history is not None and history[-1:] != (self.digest,):
@@ -109,14 +116,18 @@ class Reordering:
                 f"This {type(model).__name__} is {state}, so this reordering cannot be undone on it. "
                 "Undo the last reordering first, or load the reordered checkpoint again."
             )
-        gather_model(model, invert_indices(self.indices(model)))
+        indices = invert_indices(self.indices(model))
+        gather_model(model, indices, others=optimizer_moves(optimizer, model, indices))
         remember(model, () if history is None else history[:-1])
+        if (moved := history_of(inner_optimizer(optimizer))) is not None:
+            remember(inner_optimizer(optimizer), moved[:-1])
 
-    def apply(self, model: PreTrainedModel) -> None:
+    def apply(self, model: nn.Module) -> None:
         """Reorder another copy of the model that this reordering started from, in place.
 
         Args:
-            model: A model in its original order, for example a fresh download, with or without another head.
+            model: A model in its original order, for example a fresh download, with or without another head or
+                adapters that were trained on it.
 
         Raises:
             OrdersError: The orders do not fit this model, or it is already in this order.
@@ -129,7 +140,74 @@ class Reordering:
         gather_model(model, self.indices(model))
         remember(model, (*history, self.digest))
 
-    def indices(self, model: PreTrainedModel) -> dict[str, dict[int, Tensor]]:
+    def apply_to_optimizer(self, optimizer: Any, model: nn.Module) -> None:
+        """Move the state of an optimizer in place, once its model has been reordered, so that training goes on.
+
+        Call it between two steps, after `apply_spp(model)` and before the next backward pass.
+
+        Args:
+            optimizer: A torch optimizer, or accelerate's wrapper of one.
+            model: The model that it trains, in the order of this reordering.
+
+        Raises:
+            OptimizerError: The state cannot be moved by index, or the optimizer has moved already. It is unchanged;
+                `undo(model)` brings the model back to it.
+            OrdersError: The orders do not fit this model, or it is not in the order that this reordering made.
+        """
+        optimizer = inner_optimizer(optimizer)
+        if (history_of(model) or (self.digest,))[-1] != self.digest:
+            raise OrdersError(
+                f"This {type(model).__name__} is not in the order of this reordering, so its optimizer must not be "
+                "either. Call apply_to_optimizer right after the reordering of the model."
+            )
+        moved = history_of(optimizer) or ()
+        if moved[-1:] == (self.digest,):
+            raise OptimizerError(
+                f"This {type(optimizer).__name__} was moved by this reordering before; its state fits the model. "
+                "Call apply_to_optimizer once for each reordering."
+            )
+        carry(optimizer_moves(optimizer, model, self.indices(model)))
+        remember(optimizer, (*moved, self.digest))
+
+    def remap_adapter(
+        self,
+        adapter: str | os.PathLike[str] | Mapping[str, Tensor],
+        direction: Direction = "to_reordered",
+        *,
+        save_directory: str | os.PathLike[str] | None = None,
+    ) -> dict[str, Tensor]:
+        """Carry a LoRA adapter from the original base model to the reordered one or back, exactly.
+
+        Args:
+            adapter: A folder that `PeftModel.save_pretrained` wrote, or a state dict with PEFT's names; it stays as
+                it is.
+            direction: `to_reordered` for an adapter of the original base model, `to_original` for one that was trained
+                on the reordered model.
+            save_directory: Where to write the adapter with its config; needs a folder to read from.
+
+        Returns:
+            The adapter's tensors for the base model in the other order.
+
+        Raises:
+            AdapterError: The adapter is of another model, or the direction is unknown.
+            CheckpointError: The folder holds no readable adapter.
+            UnsupportedModelError: The adapter is no LoRA with known tensors.
+        """
+        if isinstance(adapter, Mapping):
+            if save_directory is not None:
+                raise AdapterError(
+                    "A state dict has no adapter_config.json to save beside it. Give the adapter's folder, or save the "
+                    "returned tensors yourself."
+                )
+            return remapped(adapter, self.groups, self.orders, direction)
+        tensors, metadata = read_adapter(adapter)
+        tensors = remapped(tensors, self.groups, self.orders, direction)
+        if save_directory is not None:
+            config = checkpoint.read_json(Path(adapter) / ADAPTER_CONFIG)
+            write_adapter(save_directory, tensors, metadata, config)
+        return tensors
+
+    def indices(self, model: nn.Module) -> dict[str, dict[int, Tensor]]:
         """The gather index of each dimension that this reordering moves in a model, by tensor name and dimension.
 
         Args:
@@ -138,7 +216,7 @@ class Reordering:
         Raises:
             OrdersError: The orders do not fit this model.
         """
-        groups = channel_groups(model)
+        groups, model = channel_groups(model), inner_model(model)
         check_writable(model)
         if model_type_of(model) != self.model_type:
             raise OrdersError(
@@ -148,11 +226,32 @@ class Reordering:
         check_orders(groups, self.orders)
         return gather_indices(groups, self.orders, {name: t.shape for name, t in named_tensors(model).items()})
 
+    def then(self, later: "Reordering") -> "Reordering":
+        """The one reordering that equals this one followed by another of the same model.
+
+        Its scores, settings and proof are those of the later one; scores are in the original order again.
+
+        Args:
+            later: What was done to the model that this reordering had made.
+
+        Raises:
+            OrdersError: The two are not of the same model.
+        """
+        if later.model_type != self.model_type or self.groups.shapes_differ(later.groups):
+            raise OrdersError(
+                f"A reordering of a {later.model_type} model cannot follow one of a {self.model_type} model with other "
+                "channels. Compose reorderings of one model."
+            )
+        groups = ChannelMap(tuple({**self.groups.by_name, **later.groups.by_name}.values()))
+        scores = {**self.scores, **scores_before(later.groups, self.orders, later.scores)}
+        orders = compose_orders(groups, self.orders, later.orders)
+        return dataclasses.replace(later, orders=orders, scores=scores, groups=groups)
+
     def summary(self) -> dict[str, Any]:
         """What was done, as plain JSON types: axes, channels moved, what was refused, the proof."""
         axes: dict[str, dict[str, int]] = {}
         for axis in self.axes:
-            orders = [order for name, order in self.orders.items() if self.axis_of[name] == axis]
+            orders = [self.orders[group.name] for group in self.groups if group.axis == axis]
             axes[axis] = {
                 "groups": len(orders),
                 "channels": sum(order.numel() for order in orders),
@@ -218,16 +317,7 @@ class Reordering:
 
     def to_bytes(self) -> bytes:
         """The whole reordering as one safetensors file: orders and scores, the rest as JSON in its metadata."""
-        tensors = {f"orders.{name}": order.to(torch.int32) for name, order in self.orders.items()}
-        tensors |= {f"scores.{name}": score.to(torch.float32) for name, score in self.scores.items()}
-        metadata = {
-            "format": "pt",
-            "format_version": str(FORMAT_VERSION),
-            "config": json.dumps(self.config.to_dict(), sort_keys=True),
-            "summary": json.dumps(self.summary(), sort_keys=True),
-            "groups": json.dumps({n: [self.axis_of[n], self.layer_of[n]] for n in sorted(self.orders)}),
-        }
-        return checkpoint.pack_tensors(tensors, {**metadata, "sha256": _seal(tensors, metadata)})
+        return pack_orders(StoredOrders(self.orders, self.scores, self.groups, self.config, self.summary()))
 
     @classmethod
     def from_pretrained(
@@ -263,37 +353,17 @@ class Reordering:
             CheckpointError: The data is damaged or from a newer version.
             OrdersError: An order is no permutation.
         """
-        tensors, metadata = checkpoint.unpack_tensors(data, ORDERS_NAME)
-        stored = _parse_metadata(metadata)
-        orders = {n.removeprefix("orders."): t for n, t in tensors.items() if n.startswith("orders.")}
-        scores = {n.removeprefix("scores."): t for n, t in tensors.items() if n.startswith("scores.")}
-        if not (set(orders) == set(scores) == set(stored["groups"])):
-            raise CheckpointError(f"Orders, scores and groups in {ORDERS_NAME} do not match. Save it again.")
-        for name, order in orders.items():
-            if order.shape != scores[name].shape:
-                raise CheckpointError(f"Orders and scores of {name!r} in {ORDERS_NAME} do not match. Save it again.")
-            _check_permutation(name, order)
-        if metadata.get("sha256") != _seal(tensors, metadata):
-            raise CheckpointError(f"The checksum of {ORDERS_NAME} is wrong. The file is damaged; download it again.")
-        return cls._from_parts({name: order.long() for name, order in orders.items()}, scores, stored)
-
-    @classmethod
-    def _from_parts(
-        cls, orders: Mapping[str, Tensor], scores: Mapping[str, Tensor], stored: Mapping[str, Any]
-    ) -> "Reordering":
-        summary, groups, proof = stored["summary"], stored["groups"], None
-        _check_summary(summary, groups, scores)
+        stored = unpack_orders(data)
+        summary, proof = stored.summary, None
         try:
             if summary["verified"]:
-                # What was written before groups were told apart does not say which were left out.
-                unproved = tuple(summary.get("unproved", ()))
-                proof = Proof(summary["max_abs_diff"], summary["relative_diff"], summary["output_scale"], unproved)
+                figures = [float(summary[name]) for name in ("max_abs_diff", "relative_diff", "output_scale")]
+                proof = Proof(figures[0], figures[1], figures[2], tuple(summary["unproved"]))
             return cls(
-                SPPConfig.from_dict(stored["config"]),
-                orders,
-                scores,
-                {name: axis for name, (axis, _) in groups.items()},
-                {name: layer for name, (_, layer) in groups.items()},
+                stored.config,
+                stored.orders,
+                stored.scores,
+                stored.groups,
                 tuple(Refusal(**refusal) for refusal in summary["refused"]),
                 proof,
                 summary["tolerance"],
@@ -306,7 +376,7 @@ class Reordering:
             raise CheckpointError(f"The summary in {ORDERS_NAME} is damaged ({error!r}). Save it again.") from error
 
 
-def check_writable(model: PreTrainedModel) -> None:
+def check_writable(model: nn.Module) -> None:
     """Refuse a model whose weights hold no values.
 
     Raises:
@@ -320,75 +390,12 @@ def check_writable(model: PreTrainedModel) -> None:
             )
 
 
-def history_of(model: PreTrainedModel) -> tuple[str, ...] | None:
-    """Digests of the reorderings a live model went through in this process, None where nothing is known."""
-    history: tuple[str, ...] | None = getattr(model, _HISTORY, None)
+def history_of(moved: Any) -> tuple[str, ...] | None:
+    """Digests of the reorderings a live model or optimizer went through in this process, None if nothing is known."""
+    history: tuple[str, ...] | None = getattr(inner_model(moved), _HISTORY, None)
     return history
 
 
-def remember(model: PreTrainedModel, history: tuple[str, ...]) -> None:
-    """Note on a live model which reorderings it went through."""
-    setattr(model, _HISTORY, history)
-
-
-def _seal(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """SHA-256 over every tensor and all other metadata of an orders file."""
-    total = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].reshape(-1)
-        total.update(f"{name} {tensor.dtype} {list(tensors[name].shape)}\n".encode())
-        total.update(tensor.view(torch.uint8).numpy().tobytes())
-    for key in sorted(metadata):
-        if key != "sha256":
-            total.update(f"{key}={metadata[key]}\n".encode())
-    return total.hexdigest()
-
-
-def _parse_metadata(metadata: Mapping[str, str]) -> dict[str, Any]:
-    try:
-        version = int(metadata["format_version"])
-    except (KeyError, ValueError) as error:
-        raise CheckpointError(f"{ORDERS_NAME} states no format_version. It was not written by hf_spp.") from error
-    check_format_version(version, ORDERS_NAME)
-    try:
-        stored = {key: json.loads(metadata[key]) for key in ("config", "summary", "groups")}
-    except (KeyError, json.JSONDecodeError, RecursionError) as error:
-        raise CheckpointError(f"The metadata of {ORDERS_NAME} is damaged ({error}). Save it again.") from error
-    for key, value in stored.items():
-        if not isinstance(value, dict):
-            raise CheckpointError(f"The metadata {key!r} of {ORDERS_NAME} is no JSON object. Save it again.")
-    return stored
-
-
-def _check_summary(summary: Mapping[str, Any], groups: Mapping[str, Any], scores: Mapping[str, Tensor]) -> None:
-    """Check the types of what an orders file says besides its orders."""
-    figures = ("max_abs_diff", "relative_diff", "output_scale", "tolerance")
-    numbers = [summary.get(name) for name in figures] if summary.get("verified") else []
-    texts = [summary.get(name) for name in ("model_type", "model_class", "dtype")]
-    refused, versions, unproved = summary.get("refused"), summary.get("versions"), summary.get("unproved", [])
-    sound = (
-        all(isinstance(value, (int, float)) for value in numbers)
-        and isinstance(versions, dict)
-        and isinstance(unproved, list)
-        and all(isinstance(name, str) and name in groups for name in unproved)
-        and isinstance(refused, list)
-        and all(isinstance(one, dict) for one in refused)
-        and all(isinstance(t, str) for t in (*texts, *versions.values(), *(v for one in refused for v in one.values())))
-        and all(isinstance(value, list) and len(value) == 2 for value in groups.values())
-        and all(axis in AXES and (layer is None or isinstance(layer, int)) for axis, layer in groups.values())
-        and all(one.dtype == torch.float32 and bool(one.isfinite().all()) for one in scores.values())
-    )
-    if not sound:
-        raise CheckpointError(
-            f"Scores or metadata of {ORDERS_NAME} are of another type than hf_spp writes. Save it again."
-        )
-
-
-def _check_permutation(name: str, order: Tensor) -> None:
-    size = order.shape[-1] if order.dim() == 2 else 0
-    places = torch.arange(size, dtype=torch.int32).expand(order.shape[0] if order.dim() == 2 else 0, -1)
-    if order.dim() != 2 or order.dtype != torch.int32 or not torch.equal(order.sort(-1).values, places):
-        raise OrdersError(
-            f"The order of {name!r} in {ORDERS_NAME} is no permutation in every block. "
-            "The file is damaged; download or save it again."
-        )
+def remember(moved: Any, history: tuple[str, ...]) -> None:
+    """Note on a live model or optimizer which reorderings it went through."""
+    setattr(inner_model(moved), _HISTORY, history)

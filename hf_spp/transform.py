@@ -2,7 +2,8 @@
 
 import dataclasses
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -11,16 +12,18 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .apply import Indices, gather_model, invert_indices, named_tensors
+from .apply import Indices, Moves, effective_weights, gather_model, invert_indices, invert_moves, named_tensors
 from .architectures import channel_groups, model_type_of
 from .calibration import calibrated_scores
 from .channels import ChannelMap
 from .config import AXES, Metric, SPPConfig
 from .errors import CalibrationError, EqualFunctionError, IllegalAxisError, SPPConfigError
 from .permutation import gather_indices, salient_order
+from .processes import agree, check_agreed
 from .proof import Proof, Witness, default_tolerance, places_of
 from .reordering import Reordering, check_writable, history_of, remember
 from .saliency import check_finite, weight_scores
+from .structure import inner_model
 from .version import __version__
 
 logger = logging.get_logger(__name__)
@@ -59,49 +62,120 @@ def apply_spp(
     Reference:
         Salient parameter prioritization, arXiv:2310.00247.
     """
+    groups, config = prepare(model, config, calibration)
+    witness = Witness(model, example_inputs, config.seed, groups) if config.verify else None
+    return carry_out(model, plan(model, groups, config, calibration), witness)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An order for every group of a model, not carried out yet.
+
+    Attributes:
+        groups: The groups to move.
+        config: The settings, with axes and metric as they are really used.
+        scores: Saliency by group name, `[blocks, size]`, on the CPU.
+        orders: Orders by group name, `[blocks, size]`, int64, on the CPU.
+    """
+
+    groups: ChannelMap
+    config: SPPConfig
+    scores: Mapping[str, Tensor]
+    orders: Mapping[str, Tensor]
+
+
+def prepare(
+    model: PreTrainedModel, config: SPPConfig | None = None, calibration: Iterable[Any] | None = None
+) -> tuple[ChannelMap, SPPConfig]:
+    """Settle what may be put in order, and how; see `apply_spp` for the errors."""
     config = SPPConfig() if config is None else config
     if not isinstance(config, SPPConfig):
         raise SPPConfigError(f"config is {config!r}; an SPPConfig is needed. Give SPPConfig(metric='l1', …).")
-    groups = _select_axes(channel_groups(model), config, model)
+    groups = _select_axes(channel_groups(model), config, inner_model(model))
     check_writable(model)
-    tensors = named_tensors(model)
-    config = _settle(config, groups, calibration)
-    _check_finite(model, groups, config)
-    witness = Witness(model, example_inputs, config.seed, groups) if config.verify else None
-    scores = _score(model, tensors, groups, config, calibration)
+    return groups, _settle(config, groups, calibration)
+
+
+def plan(
+    model: PreTrainedModel,
+    groups: ChannelMap,
+    config: SPPConfig,
+    calibration: Iterable[Mapping[str, Any]] | None = None,
+    *,
+    together: bool = False,
+) -> Plan:
+    """Score the channels and order them; nothing is moved.
+
+    Adapters count with the weights that they add to.
+
+    Args:
+        model: The model.
+        groups: What `prepare` gave.
+        config: What `prepare` gave.
+        calibration: Dict batches for the metrics that need them.
+        together: Whether all processes of a distributed run plan at once, so that all take the scores of the first.
+    """
+    with effective_weights(model) as merged:
+        _check_finite(merged, groups, config)
+
+        def score() -> dict[str, Tensor]:
+            return _score(merged, named_tensors(merged), groups, config, calibration)
+
+        scores = agree(score) if together else score()
     orders = {name: salient_order(values) for name, values in scores.items()}
-    indices = gather_indices(groups, orders, {name: tensor.shape for name, tensor in tensors.items()})
+    if together:
+        check_agreed("orders", orders)
+    return Plan(groups, config, scores, orders)
+
+
+def carry_out(
+    model: PreTrainedModel,
+    planned: Plan,
+    witness: Witness | None,
+    others: Callable[[Indices], Moves] | None = None,
+) -> Reordering:
+    """Move the channels as planned, prove that the function is equal, and otherwise put everything back.
+
+    Args:
+        model: The model, with or without adapters.
+        planned: What `plan` gave.
+        witness: The model's outputs before, None to leave out the proof.
+        others: Finds what moves along, such as optimizer states, before anything is moved.
+    """
+    config, groups, orders = planned.config, planned.groups, planned.orders
+    indices = gather_indices(groups, orders, {name: one.shape for name, one in named_tensors(model).items()})
+    along = {} if others is None else dict(others(indices))
     history = history_of(model) or ()
-    gather_model(model, indices)
+    gather_model(model, indices, others=along)
+    inner = inner_model(model)
     try:
-        tolerance = None if witness is None else config.tolerance or default_tolerance(model)
+        tolerance = None if witness is None else config.tolerance or default_tolerance(inner)
         proof = None if witness is None else _prove(model, witness, orders, indices, config, tolerance or 0.0)
         reordering = Reordering(
             config,
             orders,
-            {name: values.float() for name, values in scores.items()},
-            {group.name: group.axis for group in groups},
-            {group.name: group.layer for group in groups},
+            {name: values.float() for name, values in planned.scores.items()},
+            groups,
             groups.refused,
             proof,
             tolerance,
-            model_type_of(model),
-            type(model).__name__,
-            str(next(model.parameters()).dtype).removeprefix("torch."),
+            model_type_of(inner),
+            type(inner).__name__,
+            str(next(inner.parameters()).dtype).removeprefix("torch."),
             _versions(),
         )
         remember(model, (*history, reordering.digest))
     except BaseException:
-        gather_model(model, invert_indices(indices))
+        gather_model(model, invert_indices(indices), others=invert_moves(along))
         raise
     if proof is not None and proof.unproved:
         logger.warning(
-            f"The proof did not run {len(proof.unproved)} of {len(orders)} groups of {type(model).__name__}; nothing "
+            f"The proof did not run {len(proof.unproved)} of {len(orders)} groups of {type(inner).__name__}; nothing "
             f"shows that these still compute the same: {', '.join(places_of(proof.unproved, orders))}. "
             "Give example_inputs that reach them."
         )
     if not reordering.changed:
-        logger.warning(f"{type(model).__name__} was already in this order; no channel moved.")
+        logger.warning(f"{type(inner).__name__} was already in this order; no channel moved.")
     return reordering
 
 

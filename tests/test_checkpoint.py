@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 
 from hf_spp import CheckpointError, HubError, OrdersError, Reordering, SPPConfig, SPPError, apply_spp, checkpoint
 from hf_spp.config import FORMAT_VERSION
-from hf_spp.reordering import ORDERS_NAME, _seal
+from hf_spp.orders_file import ORDERS_NAME, _seal
 
 ORDER, SCORE = "orders.layers.0.mlp.ffn", "scores.layers.0.mlp.ffn"
 
@@ -274,7 +274,7 @@ def test_damaged_file_is_refused_or_means_the_same(data):
 
 def test_two_swapped_bytes_are_no_other_permutation():
     reordering, whole = stored()
-    order = reordering.orders["layers.0.mlp.ffn"].int().numpy().tobytes()
+    order = reordering.orders["layers.0.mlp.ffn"].short().numpy().tobytes()
     start = whole.index(order)
     content = bytearray(whole)
     content[start], content[start + 4] = content[start + 4], content[start]

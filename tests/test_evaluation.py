@@ -27,7 +27,8 @@ from hf_spp.comparison.classification import Recipe
 from hf_spp.comparison.evaluation import compare_methods, precision_arguments, recipe_arguments
 from hf_spp.config import SPPConfig
 from hf_spp.errors import DatasetError, HubError, SPPConfigError
-from hf_spp.reordering import ORDERS_NAME, Reordering
+from hf_spp.orders_file import ORDERS_NAME
+from hf_spp.reordering import Reordering
 
 RECIPE = Recipe(validation_fraction=0.25, train_fraction=1.0)
 WORDS = ("good", "fine", "bad", "poor", "day", "film")

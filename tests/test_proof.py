@@ -24,6 +24,7 @@ from hf_spp.apply import gather_tensors, varied_constants
 from hf_spp.architectures import patterns
 from hf_spp.architectures.index import Projection
 from hf_spp.conversion import verify_checkpoint
+from hf_spp.orders_file import _check_summary
 from hf_spp.proof import Witness
 
 _SIZES = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 20}
@@ -450,15 +451,10 @@ def test_tied_parameters_count_wherever_they_run():
     assert witness.unproved == ()
 
 
-def test_orders_from_before_groups_were_told_apart():
+def test_stored_names_of_unproved_groups_are_checked():
     reordering = apply_spp(build_model("vit"), SPPConfig(metric="random"))
-    stored = reordering.summary()
-    assert stored.pop("unproved") == []
-    groups = {name: [reordering.axis_of[name], reordering.layer_of[name]] for name in reordering.orders}
-    parts = {"summary": stored, "groups": groups, "config": reordering.config.to_dict()}
-    assert Reordering._from_parts(reordering.orders, reordering.scores, parts).proof == reordering.proof
-    for wrong in ("all", ["elsewhere.ffn"], [["nested"]], {}):
+    summary = reordering.summary()
+    _check_summary(summary, reordering.groups.by_name, reordering.scores)
+    for wrong in ("all", ["elsewhere.ffn"], [["nested"]], {}, None):
         with pytest.raises(CheckpointError, match="of another type"):
-            Reordering._from_parts(
-                reordering.orders, reordering.scores, {**parts, "summary": {**stored, "unproved": wrong}}
-            )
+            _check_summary({**summary, "unproved": wrong}, reordering.groups.by_name, reordering.scores)

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from ..channels import ChannelGroup, ChannelMap, Member, Refusal
 from ..config import AXES
 from ..errors import UnsupportedArchitectureError, UnsupportedModelError
+from ..structure import inner_model, plain_structure
 from .attention import attention_units
 from .feed_forward import feed_forward_units
 from .index import ModelIndex
@@ -27,10 +28,12 @@ from .units import AttentionUnit, FeedForwardUnit, Misfit
 def channel_groups(model: nn.Module) -> ChannelMap:
     """Resolve which channels of a model may move together.
 
-    Reads names, shapes and code only, so a model on the meta device answers as well.
+    Reads names, shapes and code only, so a model on the meta device answers as well. Tensors have the names of the
+    plain model, whatever adapters and shards training put around them.
 
     Args:
-        model: A transformers model, with or without a task head, or any module whose class is registered.
+        model: A transformers model, with or without a task head, a PEFT model of one, or any module whose class is
+            registered.
 
     Returns:
         The groups of every axis, and what may not move with the reason.
@@ -39,7 +42,12 @@ def channel_groups(model: nn.Module) -> ChannelMap:
         UnsupportedModelError: `model` is no transformers model, or its weights are quantized.
         UnsupportedArchitectureError: No structure of the written map occurs in the model.
     """
-    index = ModelIndex(_checked(model))
+    with plain_structure(_checked(inner_model(model))) as plain:
+        return _resolve(ModelIndex(plain))
+
+
+def _resolve(index: ModelIndex) -> ChannelMap:
+    model = index.model
     attentions, misfits = attention_units(index)
     claimed = {feature.tensor for unit in attentions for feature in unit.features}
     feed_forwards, others = feed_forward_units(index, claimed)

@@ -11,7 +11,8 @@ from transformers.utils import logging
 from .. import checkpoint
 from ..errors import CardError, CheckpointError
 from ..hub import find_files
-from ..reordering import ORDERS_NAME, Reordering
+from ..orders_file import ORDERS_NAME
+from ..reordering import Reordering
 from .card_header import name_of, read_header, split_card
 from .model_card import TAGS, CardContent, license_of, render_card, task_of_class, update_card_with_evaluation
 from .result_rows import unique

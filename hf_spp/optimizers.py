@@ -1,0 +1,109 @@
+"""What an optimizer remembers of each weight, and how it moves when the weight's channels do."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .apply import Dims, Indices, Move, live_moves
+from .errors import OptimizerError
+from .processes import is_plain_tensor
+from .structure import inner_model
+
+# Adafactor and CAME keep, instead of the second moment of a matrix, its means over rows and over columns.
+_ROW_MEANS = ("exp_avg_sq_row", "exp_avg_res_row")
+_COLUMN_MEANS = ("exp_avg_sq_col", "exp_avg_res_col")
+# Packages whose optimizers keep states in blocks or in a projection, whose entries are no longer those of the weight.
+_COMPRESSED = ("galore_torch", "q_galore_torch", "apollo_torch", "torchao", "flora_opt", "lpmm")
+_MOVABLE = (
+    "Accepted: states shaped like their weight (AdamW, Adam, SGD, Lion, Muon), and Adafactor's row and column means."
+)
+
+
+def optimizer_moves(optimizer: Any, model: nn.Module, indices: Indices) -> dict[str, Move]:
+    """Each tensor of an optimizer's state that moves with a weight, and the index of each of its dimensions.
+
+    Args:
+        optimizer: A torch optimizer, or accelerate's wrapper of one; None or a fresh one holds nothing.
+        model: The model that it trains.
+        indices: Gather index of each moved dimension, by name of the plain model's tensor and dimension.
+
+    Raises:
+        OptimizerError: A state cannot be moved by index, or the optimizer trains other weights.
+    """
+    optimizer = inner_optimizer(optimizer)
+    if optimizer is None:
+        return {}
+    check_movable(optimizer)
+    parameters = dict(inner_model(model).named_parameters())
+    own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if optimizer.state and not own.intersection(map(id, parameters.values())):
+        raise OptimizerError(
+            f"{type(optimizer).__name__} trains none of the parameters of this {type(model).__name__}, but copies or "
+            "parts of them, so its state cannot be told apart. Give the model and the optimizer that train together."
+        )
+    moves = {}
+    for name, (_, dims) in live_moves(model, indices).items():
+        parameter = parameters.get(name)
+        if parameter is None:
+            continue
+        for key, value in optimizer.state.get(parameter, {}).items():
+            where = f"{type(optimizer).__name__}'s {key} of {name}"
+            moved = _state_dims(where, key, value, parameter, dims)
+            if moved:
+                moves[f"{name}'s {key}"] = (value, moved)
+    return moves
+
+
+def inner_optimizer(optimizer: Any) -> Any:
+    """The torch optimizer inside of accelerate's wrapper; anything else itself."""
+    inner = getattr(optimizer, "optimizer", None)
+    return inner_optimizer(inner) if isinstance(inner, torch.optim.Optimizer) else optimizer
+
+
+def check_movable(optimizer: Any) -> None:
+    """Refuse an optimizer whose state can never be moved by index, before it has any.
+
+    Raises:
+        OptimizerError: The optimizer keeps compressed or projected states.
+    """
+    optimizer = inner_optimizer(optimizer)
+    packages = {kind.__module__.partition(".")[0] for kind in type(optimizer).__mro__}
+    bits = getattr(getattr(optimizer, "args", None), "optim_bits", 32) if "bitsandbytes" in packages else 32
+    projected = any("rank" in group and "update_proj_gap" in group for group in getattr(optimizer, "param_groups", ()))
+    if packages.intersection(_COMPRESSED) or bits != 32 or projected:
+        raise OptimizerError(
+            f"{type(optimizer).__name__} of {type(optimizer).__module__.partition('.')[0]} keeps its state compressed "
+            f"({'projected to a lower rank' if projected else 'in blocks of 8 bits or less, or projected'}), so it "
+            f"cannot move with channels. {_MOVABLE} Choose one of these, or strategy='train_begin' on a fresh run."
+        )
+
+
+def _state_dims(where: str, key: str, value: Any, parameter: nn.Parameter, dims: Dims) -> Dims:
+    """The index of each dimension of one entry of a weight's state; empty for what is the same for all channels."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return {}
+    shape, last = tuple(parameter.shape), parameter.dim() - 1
+    if not isinstance(value, Tensor) or not is_plain_tensor(value):
+        raise OptimizerError(
+            f"{where} is a {type(value).__name__}, which cannot be moved by index. {_MOVABLE} "
+            "Choose one of these optimizers."
+        )
+    if value.numel() <= 1:
+        return {}
+    given = tuple(value.shape)
+    if not value.is_floating_point():
+        raise OptimizerError(
+            f"{where} is {value.dtype}, so it is quantized in blocks that channels cannot leave. {_MOVABLE} "
+            "Choose one of these optimizers."
+        )
+    if len(given) == len(shape) and all(one in (1, length) for one, length in zip(given, shape, strict=True)):
+        return {dim: index for dim, index in dims.items() if given[dim] == shape[dim]}
+    if key in _ROW_MEANS and given == shape[:-1]:
+        return {dim: index for dim, index in dims.items() if dim != last}
+    if key in _COLUMN_MEANS and given == (*shape[:-2], shape[-1]):
+        return {min(dim, last - 1): index for dim, index in dims.items() if dim != last - 1}
+    raise OptimizerError(
+        f"{where} is {list(given)}, which is not the shape of its weight, {list(shape)}, so it cannot be moved by "
+        f"index. {_MOVABLE} Choose one of these optimizers."
+    )
