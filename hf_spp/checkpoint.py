@@ -49,6 +49,20 @@ def write_bytes(path: PathLike, data: bytes) -> Path:
     return target
 
 
+def remove_file(path: PathLike) -> None:
+    """Remove a file if it is there.
+
+    Raises:
+        CheckpointError: It cannot be removed.
+    """
+    try:
+        Path(path).unlink(missing_ok=True)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be removed ({error.strerror or error}). Check its permissions."
+        ) from error
+
+
 def write_text(path: PathLike, text: str) -> Path:
     """Write `text` as UTF-8, atomically."""
     return write_bytes(path, text.encode())

@@ -32,12 +32,12 @@ def optimizer_moves(optimizer: Any, model: nn.Module, indices: Indices) -> dict[
         OptimizerError: A state cannot be moved by index, or the optimizer trains other weights.
     """
     optimizer = inner_optimizer(optimizer)
-    if optimizer is None:
+    if optimizer is None or not optimizer.state:
         return {}
     check_movable(optimizer)
     parameters = dict(inner_model(model).named_parameters())
     own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    if optimizer.state and not own.intersection(map(id, parameters.values())):
+    if not own.intersection(map(id, parameters.values())):
         raise OptimizerError(
             f"{type(optimizer).__name__} trains none of the parameters of this {type(model).__name__}, but copies or "
             "parts of them, so its state cannot be told apart. Give the model and the optimizer that train together."

@@ -42,6 +42,24 @@ def moved_channels(order: Tensor) -> int:
     return int((order != torch.arange(order.shape[-1])).sum())
 
 
+def kendall_tau(orders: Orders) -> float:
+    """How far orders keep channels as they are: 1 if none moves, -1 if all are reversed, about 0 by chance.
+
+    The mean of Kendall's tau between an order and staying in place, over all blocks of all groups, weighted by their
+    numbers of channel pairs; `(1 - tau) / 2` is the share of pairs that change places.
+    """
+    # Slow to import, and only needed where somebody asks.
+    from scipy.stats import kendalltau
+
+    total = pairs = 0.0
+    for order in orders.values():
+        size = order.shape[-1]
+        for block in order.numpy():
+            total += float(kendalltau(block, range(size)).statistic) * size * (size - 1)
+            pairs += size * (size - 1)
+    return total / pairs
+
+
 def check_orders(groups: Iterable[ChannelGroup], orders: Orders) -> None:
     """Check that orders fit the groups of a model and are permutations.
 

@@ -64,7 +64,10 @@ def apply_spp(
     """
     groups, config = prepare(model, config, calibration)
     witness = Witness(model, example_inputs, config.seed, groups) if config.verify else None
-    return carry_out(model, plan(model, groups, config, calibration), witness)
+    reordering = carry_out(model, plan(model, groups, config, calibration), witness)
+    if not reordering.changed:
+        logger.warning(f"{reordering.model_class} was already in this order; no channel moved.")
+    return reordering
 
 
 @dataclass(frozen=True)
@@ -174,8 +177,6 @@ def carry_out(
             f"shows that these still compute the same: {', '.join(places_of(proof.unproved, orders))}. "
             "Give example_inputs that reach them."
         )
-    if not reordering.changed:
-        logger.warning(f"{type(inner).__name__} was already in this order; no channel moved.")
     return reordering
 
 
