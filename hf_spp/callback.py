@@ -99,6 +99,7 @@ class SPPCallback(TrainerCallback, ExportableState):
         self._ended = False
         self._running: tuple[TrainingArguments, TrainerState, Any] | None = None
         self._prepared: tuple[ChannelMap, SPPConfig] | None = None
+        self._inputs = example_inputs
 
     def register_copy(self, copy: Copy) -> None:
         """Let a copy of the weights, such as their exponential moving average, move with the model.
@@ -139,6 +140,7 @@ class SPPCallback(TrainerCallback, ExportableState):
         moves_along(model, optimizer, self._copies, {})
         model.save_pretrained = OrderedSaving(model, lambda: self.reordering, self.adapters)
         self._running, self._prepared, self._ended = (args, state, model), None, False
+        self._inputs = self.example_inputs
         entries: Any = state.stateful_callbacks
         stored = entries.get(type(self).__name__) if state.global_step > 0 else None
         # Trainer counts on an entry, which a checkpoint made without the callback has not.
@@ -276,9 +278,9 @@ class SPPCallback(TrainerCallback, ExportableState):
                     return
             witness = None
             if planned.config.verify:
-                witness = Witness(model, self.example_inputs, planned.config.seed, planned.groups)
+                witness = Witness(model, self._inputs, planned.config.seed, planned.groups)
                 # Inputs that were built once serve again.
-                self.example_inputs = witness.inputs
+                self._inputs = witness.inputs
             done = carry_out(model, planned, witness, partial(moves_along, model, optimizer, self._copies))
         logs = _logged(done) | ({} if tau is None else {"spp_kendall_tau": tau})
         if self.reordering is not None:
