@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .errors import UnsupportedModelError
-from .processes import is_whole, local_part, whole, write_whole
+from .processes import AnyTensor, is_whole, local_part, values_of, whole, write_whole
 from .structure import inner_model, is_sharded, part_of, plain_structure, reshard, tuner_layers
 
 Dims = Mapping[int, Tensor]
 Indices = Mapping[str, Dims]
-Move = tuple[Tensor, Dims]
+Move = tuple[AnyTensor, Dims]
 Moves = Mapping[str, Move]
 
 # Tensors are gathered a piece at a time: both copies of a piece stay in a processor's cache, and no more is held.
@@ -27,7 +27,7 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @torch.no_grad()
-def gather_tensors(tensors: Mapping[str, Tensor], indices: Indices) -> None:
+def gather_tensors(tensors: Mapping[str, AnyTensor], indices: Indices) -> None:
     """Move channels of tensors in place; if anything fails midway, all tensors are as before.
 
     Beside the tensors themselves only a copy of a small piece of one is held.
@@ -60,7 +60,7 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     """
     with plain_structure(model) as plain:
         reshard(plain)
-        tensors = {name: parameter.data for name, parameter in plain.named_parameters()}
+        tensors = {name: values_of(parameter) for name, parameter in plain.named_parameters()}
         return {**tensors, **dict(plain.named_buffers())}
 
 
@@ -105,7 +105,7 @@ def live_moves(model: nn.Module, indices: Indices) -> dict[str, Move]:
         for path, module in model.named_modules()
         if isinstance(module, (Conv1D, nn.Embedding))
     }
-    tensors = {**{name: one.data for name, one in model.named_parameters()}, **dict(model.named_buffers())}
+    tensors = {**{name: values_of(one) for name, one in model.named_parameters()}, **dict(model.named_buffers())}
     moves: dict[str, Move] = {}
     for name, tensor in tensors.items():
         part = part_of(name)
@@ -194,7 +194,7 @@ def varied_constants(model: nn.Module, seed: int, indices: Indices | None = None
         indices: What moved since the values of the same seed were there, so that they are where they had come to.
     """
     model = inner_model(model)
-    tensors = {**{name: one.data for name, one in model.named_parameters()}, **dict(model.named_buffers())}
+    tensors = {**{name: values_of(one) for name, one in model.named_parameters()}, **dict(model.named_buffers())}
     for path, module in model.named_modules():
         for name in module._non_persistent_buffers_set:
             tensors.pop(f"{path}.{name}" if path else name, None)
@@ -212,7 +212,7 @@ def varied_constants(model: nn.Module, seed: int, indices: Indices | None = None
                 tensors[name].fill_(value)
 
 
-def _constant(tensor: Tensor) -> Tensor | None:
+def _constant(tensor: AnyTensor) -> Tensor | None:
     """The value that all entries of a tensor have, bit for bit; None if they differ or are no weights."""
     # Entries that share memory cannot be written one by one.
     if not is_whole(tensor) or not tensor.is_floating_point() or tensor.numel() < 2 or 0 in tensor.stride():
@@ -240,7 +240,7 @@ def _invert(dims: Mapping[int, Tensor]) -> dict[int, Tensor]:
     return {dim: index[dims[0]] if index.dim() == 2 and 0 in dims else index for dim, index in inverse.items()}
 
 
-def _gather(tensor: Tensor, dims: Dims) -> None:
+def _gather(tensor: AnyTensor, dims: Dims) -> None:
     """Gather by every index; of a tensor that is divided among processes, the whole where a divided dimension moves."""
     local = local_part(tensor, {*dims, *(0 for index in dims.values() if index.dim() == 2)})
     if local is not None:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .apply import Dims, Indices, Move, live_moves
 from .errors import OptimizerError
-from .processes import is_plain_tensor
+from .processes import ZeroTensor, is_plain_tensor
 from .structure import inner_model
 
 # Adafactor and CAME keep, instead of the second moment of a matrix, its means over rows and over columns.
@@ -32,6 +32,8 @@ def optimizer_moves(optimizer: Any, model: nn.Module, indices: Indices) -> dict[
         OptimizerError: A state cannot be moved by index, or the optimizer trains other weights.
     """
     optimizer = inner_optimizer(optimizer)
+    if optimizer is not None and _is_deepspeed(optimizer):
+        return _zero_moves(optimizer, model, indices)
     if optimizer is None or not optimizer.state:
         return {}
     check_movable(optimizer)
@@ -58,7 +60,54 @@ def optimizer_moves(optimizer: Any, model: nn.Module, indices: Indices) -> dict[
 def inner_optimizer(optimizer: Any) -> Any:
     """The torch optimizer inside of accelerate's wrapper; anything else itself."""
     inner = getattr(optimizer, "optimizer", None)
-    return inner_optimizer(inner) if isinstance(inner, torch.optim.Optimizer) else optimizer
+    wrapped = not _is_deepspeed(optimizer) and (isinstance(inner, torch.optim.Optimizer) or _is_deepspeed(inner))
+    return inner_optimizer(inner) if wrapped else optimizer
+
+
+def _is_deepspeed(optimizer: Any) -> bool:
+    return type(optimizer).__module__.startswith("deepspeed.runtime")
+
+
+def _zero_moves(optimizer: Any, model: nn.Module, indices: Indices) -> dict[str, Move]:
+    """The float32 master copies of moved parameters and their states, which ZeRO has flattened and divided."""
+    inner = optimizer.optimizer
+    check_movable(inner)
+    parameters = dict(inner_model(model).named_parameters())
+    if inner.state and hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
+        # DeepSpeed links states to parameters after its first group's first step, when the others have none yet.
+        optimizer._hp_optimizer_states_linked = False
+        optimizer._lazy_init_hp_params_optimizer_state()
+    moves: dict[str, Move] = {}
+    for name, (_, dims) in live_moves(model, indices).items():
+        parameter = parameters.get(name)
+        if parameter is None or not parameter.requires_grad:
+            continue
+        flat = _flat_part(optimizer, parameter)
+        if flat is None:
+            raise OptimizerError(
+                f"DeepSpeed's {type(optimizer).__name__} keeps no master copy of {name} that can be reached. "
+                "Accepted: ZeRO stages 1, 2 and 3. Choose one of these, or call apply_spp(model) before training."
+            )
+        # A process asks for the same states as the others, or they would wait for it.
+        kinds = []
+        for key, value in inner.state.get(flat, {}).items():
+            if _state_dims(f"{type(inner).__name__}'s {key} of {name}", key, value, flat, {0: torch.arange(0)}):
+                kinds.append(key)
+        for kind in ("master", *sorted(kinds)):
+            moves[f"{name}'s {kind}"] = (ZeroTensor(parameter, kind), dims)
+    return moves
+
+
+def _flat_part(optimizer: Any, parameter: nn.Parameter) -> Any:
+    """This process's part of the vector that ZeRO has made of the parameter's group."""
+    if hasattr(parameter, "ds_shape"):
+        return optimizer.fp32_partitioned_groups_flat[optimizer.grad_position[optimizer.get_param_id(parameter)][0]]
+    for flat, group in zip(
+        getattr(optimizer, "single_partition_of_fp32_groups", ()), getattr(optimizer, "bit16_groups", ()), strict=False
+    ):
+        if any(parameter is member for member in group):
+            return flat
+    return None
 
 
 def check_movable(optimizer: Any) -> None:
@@ -79,7 +128,7 @@ def check_movable(optimizer: Any) -> None:
         )
 
 
-def _state_dims(where: str, key: str, value: Any, parameter: nn.Parameter, dims: Dims) -> Dims:
+def _state_dims(where: str, key: str, value: Any, parameter: Tensor, dims: Dims) -> Dims:
     """The index of each dimension of one entry of a weight's state; empty for what is the same for all channels."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return {}

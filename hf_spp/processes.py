@@ -1,7 +1,7 @@
 """Several processes: tensors that are divided among them, and agreement on what to do.
 
-FSDP's tensors are DTensors. Reading and writing one is collective: every process does it, in the same order, and holds
-one whole tensor at a time.
+FSDP's tensors are DTensors, DeepSpeed's are reached through its own functions. Reading and writing one is collective:
+every process does it, in the same order, and holds one whole tensor at a time.
 """
 
 import hashlib
@@ -10,18 +10,85 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeGuard
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 
 from .errors import RanksDisagreeError
 
 
-def is_whole(tensor: Tensor) -> bool:
+class ZeroTensor:
+    """A tensor that DeepSpeed's ZeRO has divided: a parameter, its float32 master copy, or an optimizer's state of it.
+
+    Args:
+        parameter: The parameter that it is or belongs to.
+        kind: `parameter`, `master`, or the name of an optimizer's state.
+    """
+
+    def __init__(self, parameter: nn.Parameter, kind: str = "parameter") -> None:
+        self.parameter, self.kind = parameter, kind
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape of the whole tensor."""
+        return torch.Size(getattr(self.parameter, "ds_shape", self.parameter.shape))
+
+    def read(self) -> Tensor:
+        """All values."""
+        from deepspeed import utils, zero
+
+        if self.kind == "parameter":
+            with zero.GatheredParameters([self.parameter]):
+                return self.parameter.detach().clone()
+        if self.kind == "master":
+            values: Tensor = utils.safe_get_full_fp32_param(self.parameter)
+        else:
+            values = utils.safe_get_full_optimizer_state(self.parameter, self.kind)
+        return values.view(self.shape)
+
+    def write(self, values: Tensor) -> None:
+        """Write all values, the same in every process."""
+        from deepspeed import utils, zero
+
+        if self.kind == "parameter":
+            with zero.GatheredParameters([self.parameter], modifier_rank=0):
+                self.parameter.data.copy_(values)
+        elif hasattr(self.parameter, "ds_shape"):
+            part = self._own_part(values)
+            if self.kind == "master":
+                utils.safe_set_local_fp32_param(self.parameter, part)
+            else:
+                utils.safe_set_local_optimizer_state(self.parameter, part, self.kind)
+        elif self.kind == "master":
+            utils.safe_set_full_fp32_param(self.parameter, values)
+        else:
+            utils.safe_set_full_optimizer_state(self.parameter, values, self.kind)
+
+    def _own_part(self, values: Tensor) -> Tensor:
+        """This process's part; DeepSpeed's own cut of whole values fails where the last part is filled up."""
+        size = self.parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
+        start = distributed.get_rank(self.parameter.ds_process_group) * size  # type: ignore[attr-defined]
+        part = values.flatten()[start : start + size]
+        return nn.functional.pad(part, (0, size - part.numel()))
+
+
+AnyTensor = Tensor | ZeroTensor
+
+
+def values_of(parameter: nn.Parameter) -> Any:
+    """What holds a parameter's values: its data, or DeepSpeed's parts of it."""
+    # Under `plain_structure` a stand-in has its place.
+    parameter = getattr(parameter, "stands_for", parameter)
+    return ZeroTensor(parameter) if hasattr(parameter, "ds_shape") else parameter.data
+
+
+def is_whole(tensor: AnyTensor) -> TypeGuard[Tensor]:
     """Whether every value of a tensor lies in this process."""
-    return not _is_dtensor(tensor)
+    return not isinstance(tensor, ZeroTensor) and not _is_dtensor(tensor)
 
 
-def whole(tensor: Tensor) -> Tensor:
+def whole(tensor: AnyTensor) -> Tensor:
     """All values of a tensor; those of a divided one are gathered from all processes into a copy."""
+    if isinstance(tensor, ZeroTensor):
+        return tensor.read()
     return tensor.full_tensor() if _is_dtensor(tensor) else tensor
 
 
@@ -30,8 +97,10 @@ def is_plain_tensor(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, torch.nn.Parameter) or _is_dtensor(tensor)
 
 
-def local_part(tensor: Tensor, moved: Collection[int]) -> Tensor | None:
+def local_part(tensor: AnyTensor, moved: Collection[int]) -> Tensor | None:
     """What this process holds of a tensor, None if a dimension of `moved` is divided among processes."""
+    if isinstance(tensor, ZeroTensor):
+        return None
     if not _is_dtensor(tensor):
         return tensor
     divided = {placement.dim for placement in tensor.placements if not placement.is_replicate()}
@@ -39,16 +108,19 @@ def local_part(tensor: Tensor, moved: Collection[int]) -> Tensor | None:
 
 
 @torch.no_grad()
-def write_whole(tensor: Tensor, values: Tensor) -> None:
+def write_whole(tensor: Any, values: Tensor) -> None:
     """Write all values of a divided tensor, each process its part.
 
     Args:
         tensor: A tensor that is divided among processes.
         values: Its new values, the same in every process.
     """
-    distributed = sys.modules["torch.distributed.tensor"]
-    replicated = [distributed.Replicate()] * tensor.device_mesh.ndim  # type: ignore[attr-defined]
-    values = distributed.DTensor.from_local(values, tensor.device_mesh, replicated, run_check=False)  # type: ignore[attr-defined]
+    if isinstance(tensor, ZeroTensor):
+        tensor.write(values)
+        return
+    dtensors: Any = sys.modules["torch.distributed.tensor"]
+    replicated = [dtensors.Replicate()] * tensor.device_mesh.ndim
+    values = dtensors.DTensor.from_local(values, tensor.device_mesh, replicated, run_check=False)
     tensor.to_local().copy_(values.redistribute(placements=tensor.placements).to_local())  # type: ignore[attr-defined]
 
 

@@ -18,7 +18,7 @@ from .errors import EqualFunctionError, ExampleInputsError
 from .example_inputs import example_inputs
 from .forward import Float64Throughout, called_modules, evaluation_mode, fixed_rng, output_tensors, run_model, unfused
 from .saliency import check_finite
-from .structure import inner_model, part_of
+from .structure import inner_model, part_of, reshard
 
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 8e-2}
 """Largest accepted max|Δ| relative to the output's scale, by the dtype of the weights."""
@@ -232,6 +232,10 @@ def _is_reached(group: ChannelGroup, owners: Mapping[str, set[str]], called: Con
 def _outputs(model: PreTrainedModel, inputs: Mapping[str, Any], seed: int) -> dict[str, Tensor]:
     exact = Float64Throughout() if default_tolerance(model) == TOLERANCES[torch.float64] else nullcontext()
     # Fused operations are not made for every dtype, nor taken on every run.
-    with evaluation_mode(model), fixed_rng(model, seed), unfused(model), exact:
-        found = output_tensors(run_model(model, inputs))
+    try:
+        with evaluation_mode(model), fixed_rng(model, seed), unfused(model), exact:
+            found = output_tensors(run_model(model, inputs))
+    finally:
+        # FSDP keeps what it gathered last for a backward pass, which does not come.
+        reshard(model)
     return {name: value.double() if value.dtype == torch.float64 else value.float() for name, value in found.items()}

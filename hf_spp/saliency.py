@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .channels import ChannelGroup
 from .errors import NonFiniteWeightsError, SPPConfigError
+from .processes import whole
 
 # Weights are reduced some rows at a time, so that their float64 copies stay in the processor's cache.
 _PIECE_BYTES = 2 << 20
@@ -58,7 +59,7 @@ def weight_scores(
         for member in group.scored_members:
             key = (member.tensor, member.dim, member.stacked)
             if key not in sums:
-                sums[key] = channel_sums(tensors[member.tensor], member.dim, power, stacked=member.stacked)
+                sums[key] = channel_sums(whole(tensors[member.tensor]), member.dim, power, stacked=member.stacked)
                 if not bool(sums[key].isfinite().all()):
                     check_finite({member.tensor: tensors[member.tensor]})
             norms.append(member.take_channels(sums[key], group).sum(-1) ** (1 / power))
@@ -103,8 +104,8 @@ def check_finite(tensors: Mapping[str, Tensor], seen: Collection[str] = ()) -> N
     """
     for name, tensor in tensors.items():
         # A sum is cheap and finite unless a weight is not, or all are huge.
-        if name not in seen and not bool(tensor.sum().isfinite()):
-            finite = tensor.isfinite().flatten()
+        if name not in seen and not bool((values := whole(tensor)).sum().isfinite()):
+            finite = values.isfinite().flatten()
             if not bool(finite.all()):
                 raise _not_finite(name, int((~finite).nonzero()[0]))
 
@@ -124,7 +125,7 @@ def _random_scores(group: ChannelGroup, seed: int) -> Tensor:
 def _custom_scores(
     group: ChannelGroup, tensors: Mapping[str, Tensor], metric: Callable[[ChannelGroup, Sequence[Tensor]], Tensor]
 ) -> Tensor:
-    scores = metric(group, [member.view(tensors[member.tensor], group) for member in group.scored_members])
+    scores = metric(group, [member.view(whole(tensors[member.tensor]), group) for member in group.scored_members])
     if not isinstance(scores, Tensor) or tuple(scores.shape) != (group.blocks, group.size):
         given = f"{list(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
         raise SPPConfigError(

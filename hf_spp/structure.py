@@ -130,11 +130,15 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def reshard(model: nn.Module) -> None:
-    """Divide parameters again that FSDP has left whole after a forward pass."""
+    """Divide parameters again that FSDP or ZeRO-3 has left whole after a forward pass."""
     fsdp = _fsdp_class()
     for module in model.modules() if fsdp is not None else ():
         if isinstance(module, fsdp):
             module.reshard()
+    parameters: Iterator[Any] = model.parameters()
+    for parameter in parameters:
+        if hasattr(parameter, "ds_shape") and parameter.numel() > 0 and not parameter.ds_persist:
+            parameter.partition()
 
 
 def tuner_layers(model: nn.Module) -> list[Any]:
@@ -179,4 +183,6 @@ def _fsdp_class() -> Any:
 
 def _shape_of(parameter: nn.Parameter) -> nn.Parameter:
     empty = torch.empty(parameter.ds_shape, dtype=parameter.dtype, device="meta")  # type: ignore[attr-defined]
-    return nn.Parameter(empty, requires_grad=parameter.requires_grad)
+    shape = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+    shape.stands_for = parameter  # type: ignore[attr-defined]
+    return shape

@@ -244,7 +244,7 @@ def _score(
 def _check_finite(model: PreTrainedModel, groups: ChannelMap, config: SPPConfig) -> None:
     """Refuse NaN and infinity in every weight; those that a norm will read are left to it."""
     read = {m.tensor for group in groups for m in group.scored_members} if config.metric in ("l1", "l2") else set()
-    check_finite(dict(model.named_parameters()), seen=read)
+    check_finite(named_tensors(model), seen=read)
 
 
 def _prove(
