@@ -396,6 +396,11 @@ def history_of(moved: Any) -> tuple[str, ...] | None:
     return history
 
 
+def is_in_order(model: Any, reordering: Reordering) -> bool:
+    """Whether a reordering is the last that a live model or optimizer went through in this process."""
+    return (history_of(model) or ())[-1:] == (reordering.digest,)
+
+
 def remember(moved: Any, history: tuple[str, ...]) -> None:
     """Note on a live model or optimizer which reorderings it went through."""
     setattr(inner_model(moved), _HISTORY, history)

@@ -31,7 +31,7 @@ class Schedule:
             raise SPPConfigError(f"strategy={self.strategy!r} is unknown. Known: {', '.join(get_args(Strategy))}.")
         if not isinstance(self.every, int) or isinstance(self.every, bool) or self.every < 1:
             raise SPPConfigError(f"every={self.every!r} is no positive whole number. Give one.")
-        if self.every != 1 and self.strategy in ("train_begin", "train_end"):
+        if self.every != 1 and self.is_once:
             raise SPPConfigError(
                 f"every={self.every} with strategy={self.strategy!r}, which reorders once. Leave it out, or choose "
                 "'steps', 'epoch' or 'evaluate'."
@@ -41,11 +41,16 @@ class Schedule:
         number = isinstance(self.min_change, (int, float)) and not isinstance(self.min_change, bool)
         if not number or not 0 <= self.min_change <= 1:
             raise SPPConfigError(f"min_change={self.min_change!r} is no share from 0 to 1. Give one, or None.")
-        if self.strategy in ("train_begin", "train_end"):
+        if self.is_once:
             raise SPPConfigError(
                 f"min_change={self.min_change} with strategy={self.strategy!r}, which reorders once and never skips. "
                 "Leave it out, or choose 'steps', 'epoch' or 'evaluate'."
             )
+
+    @property
+    def is_once(self) -> bool:
+        """Whether there is one reordering at most."""
+        return self.strategy in ("train_begin", "train_end")
 
     def check(self, args: TrainingArguments, state: TrainerState, has_length: bool) -> None:
         """Refuse a run in which the model would never be put in order.

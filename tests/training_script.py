@@ -21,7 +21,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
-import hf_spp.callback
+import hf_spp.training
 from hf_spp import SPPCallback, SPPConfig
 
 GLOBAL_BATCH = 8
@@ -68,7 +68,7 @@ def build_trainer(settings: dict[str, Any], *callbacks: TrainerCallback) -> Reco
         model = get_peft_model(model, LoraConfig(**settings["lora"])).to(dtype)
     accumulation = settings["arguments"].get("gradient_accumulation_steps", 1)
     if settings["leave_behind"]:
-        hf_spp.callback.moves_along = lambda *_: {}
+        hf_spp.training.moves_along = lambda *_: {}
     if settings["callback"] is not None:
         options = dict(settings["callback"])
         callbacks = (*callbacks, SPPCallback(SPPConfig(**options.pop("config", {})), **options))
