@@ -41,17 +41,17 @@ class OrderedSaving:
     def __call__(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> Any:
         """Save the model into a folder; arguments are those of the model's own `save_pretrained`."""
         reordering, save = self.reordering(), partial(type(self.model).save_pretrained, self.model)
-        if reordering is None or not is_in_order(self.model, reordering):
+        if reordering is None:
             return save(save_directory, *args, **kwargs)
-        if tuner_layers(self.model) and self.adapters == "original":
+        reordered, writes = is_in_order(self.model, reordering), kwargs.get("is_main_process", True)
+        if reordered and tuner_layers(self.model) and self.adapters == "original":
             state = kwargs.pop("state_dict", None) or self.model.state_dict()
             return save(save_directory, *args, **kwargs, state_dict=self._in_original_order(state, reordering))
-        writes = kwargs.get("is_main_process", True)
         if writes:
             checkpoint.remove_file(Path(save_directory) / ORDERS_NAME)
             checkpoint.remove_file(Path(save_directory) / CONFIG_NAME)
         result = save(save_directory, *args, **kwargs)
-        if writes:
+        if writes and reordered:
             reordering.save_pretrained(save_directory)
         return result
 

@@ -23,7 +23,7 @@ from .processes import agree, check_agreed
 from .proof import Proof, Witness, default_tolerance, places_of
 from .reordering import Reordering, check_writable, history_of, remember
 from .saliency import check_finite, weight_scores
-from .structure import inner_model
+from .structure import inner_model, is_sharded
 from .version import __version__
 
 logger = logging.get_logger(__name__)
@@ -96,7 +96,14 @@ def prepare(
         raise SPPConfigError(f"config is {config!r}; an SPPConfig is needed. Give SPPConfig(metric='l1', …).")
     groups = _select_axes(channel_groups(model), config, inner_model(model))
     check_writable(model)
-    return groups, _settle(config, groups, calibration)
+    config = _settle(config, groups, calibration)
+    if config.needs_calibration and is_sharded(inner_model(model)):
+        raise CalibrationError(
+            f"Metric {config.metric!r} runs the plain model, and the weights of {type(inner_model(model)).__name__} here "
+            "are divided among processes by FSDP or ZeRO-3. Choose a weight-only metric (l1, l2, random), or call "
+            "apply_spp before the model is sharded."
+        )
+    return groups, config
 
 
 def plan(

@@ -89,3 +89,10 @@ def test_resumed_run_goes_on_as_the_uninterrupted_one(setup, tmp_path):
     checkpoint = str(tmp_path / "whole" / "checkpoint-7")
     resumed = run_training(setup, tmp_path / "resumed", steps=20, resume=checkpoint, **settings)
     assert resumed["losses"] == whole["losses"][7:]
+
+
+@pytest.mark.parametrize("setup", ["fsdp2", "zero3"])
+def test_metrics_that_run_the_model_are_refused_where_it_is_sharded(setup, tmp_path):
+    callback = {**CALLBACK, "config": {"metric": "activation"}}
+    with pytest.raises(AssertionError, match="are divided among processes by FSDP or ZeRO-3"):
+        run_training(setup, tmp_path, steps=20, callback=callback)
