@@ -16,18 +16,22 @@ def accept_checkpoint_names(model: PreTrainedModel) -> None:
     `Trainer` resumes with `load_state_dict(strict=False)`, without the renaming of `from_pretrained`: up to
     transformers 5.23 the layers of ViT, DINOv2 and others silently stay as they are (transformers issue 43701).
     """
+    hooks = model._load_state_dict_pre_hooks.values()
+    if not any(getattr(hook, "hook", None) is _rename for hook in hooks):
+        model.register_load_state_dict_pre_hook(_rename)  # type: ignore[no-untyped-call]
+
+
+def _rename(model: PreTrainedModel, state_dict: dict[str, Any], *rest: Any) -> None:
     own = set(model.state_dict())
-    renamings = [one for one in get_model_conversion_mapping(model) if isinstance(one, WeightRenaming)]
-
-    def rename(_: Any, state_dict: dict[str, Any], *rest: Any) -> None:
-        for name in [name for name in state_dict if name not in own]:
-            renamed = name
-            for renaming in renamings:
+    foreign = [name for name in state_dict if name not in own]
+    renamings = get_model_conversion_mapping(model) if foreign else []
+    for name in foreign:
+        renamed = name
+        for renaming in renamings:
+            if isinstance(renaming, WeightRenaming):
                 renamed, _pattern = renaming.rename_source_key(renamed)
-            if renamed in own:
-                state_dict[renamed] = state_dict.pop(name)
-
-    model.register_load_state_dict_pre_hook(rename)  # type: ignore[no-untyped-call]
+        if renamed in own:
+            state_dict[renamed] = state_dict.pop(name)
 
 
 @contextmanager

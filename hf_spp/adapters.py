@@ -12,11 +12,11 @@ from einops import EinopsError
 from torch import Tensor
 
 from . import checkpoint
-from .apply import Dims, Move, adapter_dims, carry, invert_moves
+from .apply import ADAPTER_PARTS, Dims, Move, adapter_dims, carry, invert_moves
 from .channels import ChannelMap
 from .errors import AdapterError, CheckpointError
 from .permutation import Orders, gather_indices
-from .structure import part_of
+from .structure import Part, part_of
 
 Direction = Literal["to_reordered", "to_original"]
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -56,20 +56,23 @@ def remapped(
         direction: `to_reordered` for an adapter of the original base model, `to_original` for one of the reordered.
 
     Raises:
-        AdapterError: The adapter is of another model than the orders, or the direction is unknown.
-        UnsupportedModelError: The adapter adds to a moved weight in a way that is not known.
+        AdapterError: The adapter is of another model than the orders, of a kind that is not known, or the direction is.
     """
     if direction not in ("to_reordered", "to_original"):
         raise AdapterError(f"direction={direction!r} is unknown. Give 'to_reordered' or 'to_original'.")
     parts = {name: part_of(name.removeprefix("base_model.model.")) for name in tensors}
     names = _names_in(groups, {part.tensor for part in parts.values()})
-    turned = {names[part.tensor] for part in parts.values() if (part.adapter or "").startswith("lora_embedding")}
+    _check_known(groups, {name: (part, names[part.tensor]) for name, part in parts.items()})
+    rows = ("lora_embedding", "trainable_tokens")
+    turned = {names[part.tensor] for part in parts.values() if (part.adapter or "").startswith(rows)}
     turned |= {tensor for tensor in names.values() if _is_turned(groups, tensor)}
     shapes: dict[str, list[int]] = {}
     for name, part in parts.items():
         base, shape = names[part.tensor], tensors[name].shape
         if part.adapter is None:
             shapes[base] = list(shape)
+        elif part.adapter.startswith("trainable_tokens"):
+            shapes.setdefault(base, [0, 0])[1] = shape[1]
         elif part.adapter.endswith(("_A", "_B")) and part.leaf == "weight":
             reads = part.adapter.endswith("_A")
             shapes.setdefault(base, [0, 0])[int(reads != (base in turned))] = shape[1 if reads else 0]
@@ -84,6 +87,26 @@ def remapped(
             moves[name] = (carried[name], dims)
     carry(moves if direction == "to_reordered" else invert_moves(moves))
     return carried
+
+
+def _check_known(groups: ChannelMap, parts: Mapping[str, tuple[Part, str]]) -> None:
+    """Refuse tensors of an adapter that belong to moved weights in a way that is not known."""
+    members = {member.tensor for group in groups for member in group.members}
+    modules = {name.rpartition(".")[0] for name in members}
+    for name, (part, base) in parts.items():
+        inside = base not in members and base.rpartition(".")[0] in modules
+        if part.adapter is None:
+            unknown = inside and base.rpartition(".")[2] not in ("weight", "bias")
+        else:
+            # What is tied to a moved weight has another name there.
+            tied = base not in members and "hidden" in groups.axes
+            unknown = inside or tied or (base in members and part.adapter not in ADAPTER_PARTS)
+        if unknown:
+            raise AdapterError(
+                f"{name} belongs to {base}, around which channels move, in a way that is not known. Accepted: LoRA, "
+                "DoRA and trainable tokens of weights that are not tied, and whole modules. Load the adapter on a "
+                "model in its own order, merge it (merge_and_unload), and reorder the result."
+            )
 
 
 def _names_in(groups: ChannelMap, targets: Iterable[str]) -> dict[str, str]:

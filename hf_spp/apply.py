@@ -23,6 +23,17 @@ _PIECE_BYTES = 2 << 20
 _ACCELERATOR_PIECE_BYTES = 64 << 20
 # A constant as large as this is a mark, such as the value of a mask, and no weight.
 _LARGEST_WEIGHT = 1e4
+# Of each tensor of an adapter, whether it writes what its weight writes, or reads what that reads, and along which
+# dimension. Trainable tokens are rows of an embedding.
+ADAPTER_PARTS = {
+    "lora_A": (False, 1),
+    "lora_B": (True, 0),
+    "lora_embedding_A": (False, 1),
+    "lora_embedding_B": (True, 0),
+    "lora_magnitude_vector": (True, 0),
+    "trainable_tokens_delta": (True, 1),
+    "trainable_tokens_original": (True, 1),
+}
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -106,10 +117,14 @@ def live_moves(model: nn.Module, indices: Indices) -> dict[str, Move]:
         if isinstance(module, (Conv1D, nn.Embedding))
     }
     tensors = {**{name: values_of(one) for name, one in model.named_parameters()}, **dict(model.named_buffers())}
+    first: dict[int, str] = {}
+    # A tied weight has its index under its first name, and an adapter of it may have another.
+    plain = [(part_of(name), one) for name, one in model.named_parameters(remove_duplicate=False)]
+    names = {part.tensor: first.setdefault(id(one), part.tensor) for part, one in plain if part.adapter is None}
     moves: dict[str, Move] = {}
     for name, tensor in tensors.items():
         part = part_of(name)
-        dims = indices.get(part.tensor, {})
+        dims = indices.get(part.tensor) or indices.get(names.get(part.tensor, ""), {})
         if part.adapter is not None and dims:
             dims = adapter_dims(name, tuple(tensor.shape), dims, turned=part.tensor in turned)
         if dims:
@@ -133,16 +148,16 @@ def adapter_dims(name: str, shape: tuple[int, ...], dims: Dims, *, turned: bool 
     """
     part = part_of(name)
     outputs, inputs = (dims.get(1), dims.get(0)) if turned else (dims.get(0), dims.get(1))
-    kinds = {"lora_A": (inputs, 1), "lora_embedding_A": (inputs, 1), "lora_B": (outputs, 0)}
-    # A vector, or [1, outputs, 1, 1] beside a convolution.
-    kinds |= {"lora_embedding_B": (outputs, 0), "lora_magnitude_vector": (outputs, 0 if len(shape) == 1 else 1)}
-    if part.adapter not in kinds:
+    if part.adapter not in ADAPTER_PARTS:
         raise UnsupportedModelError(
             f"Adapter tensor {name} {list(shape)} adds to {part.tensor}, whose channels move, in a way that is not "
             "known. Accepted: lora_A, lora_B, lora_embedding_A, lora_embedding_B and lora_magnitude_vector. Merge the "
             "adapter (merge_and_unload), or reorder before it is added."
         )
-    index, place = kinds[part.adapter]
+    writes, place = ADAPTER_PARTS[part.adapter]
+    index = outputs if writes else inputs
+    if part.adapter == "lora_magnitude_vector" and len(shape) > 1:
+        place = 1  # [1, outputs, 1, 1] beside a convolution
     if index is None:
         return {}
     if index.dim() != 1 or place >= len(shape) or shape[place] != len(index):
@@ -160,14 +175,17 @@ def effective_weights(model: nn.Module) -> Iterator[Any]:
     Afterwards every bit is as before. The weights that adapters add to are copied meanwhile. Where weights are divided
     among processes, adapters do not count.
     """
-    layers = [] if is_sharded(model) else [one for one in tuner_layers(model) if one.active_adapters and not one.merged]
+    layers = [
+        one
+        for one in (() if is_sharded(model) else tuner_layers(model))
+        if hasattr(one, "lora_A") and one.active_adapters and not one.merged and not one.disable_adapters
+    ]
     kept = []
     try:
         for layer in layers:
-            if not layer.disable_adapters:
-                base = layer.get_base_layer()
-                kept.append((layer, [(one, one.data, one.detach().clone()) for one in base.parameters()]))
-                layer.merge()
+            base = layer.get_base_layer()
+            kept.append((layer, [(one, one.data, one.detach().clone()) for one in base.parameters()]))
+            layer.merge()
         with plain_structure(model) as plain:
             yield plain
     finally:

@@ -1,17 +1,15 @@
 """`SPPCallback`: reorders inside a stock `Trainer`. It decides when; how is `apply_spp`'s."""
 
-import base64
 import inspect
 import random
-import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, IterableDataset
+from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler, ExportableState
 from transformers.trainer_utils import has_length
@@ -23,16 +21,14 @@ from .cards.training_card import evaluation_results, write_training_card
 from .config import SPPConfig
 from .errors import CallbackError, SPPConfigError
 from .optimizers import check_movable
-from .orders_file import ORDERS_NAME
-from .reordering import Reordering, is_in_order
-from .saving import AdapterOrder, OrderedSaving, fingerprint
-from .schedule import Schedule, Strategy
-from .structure import is_sharded, tuner_layers
-from .training import Copy, LiveModel
+from .reordering import Reordering, total_of
+from .saving import AdapterOrder, OrderedSaving, fingerprint, names_beside_adapters, saves_portable
+from .stored_state import STATE_NAME, StoredState, pack_text, stored_state
+from .structure import inner_model, is_sharded, tuner_layers
+from .timing import Schedule, Strategy
+from .training import Copy, LiveModel, TrainingBatches, digest_of
 
 logger = logging.get_logger(__name__)
-
-STATE_NAME = "trainer_state.json"
 
 
 class SPPCallback(TrainerCallback, ExportableState):
@@ -73,6 +69,8 @@ class SPPCallback(TrainerCallback, ExportableState):
     ) -> None:
         # A Trainer that builds the callback anew from a checkpoint gives the settings as they were stored there.
         self.config = SPPConfig.from_dict(config) if isinstance(config, Mapping) else config or SPPConfig()
+        if not isinstance(self.config, SPPConfig):
+            raise SPPConfigError(f"config is {config!r}; an SPPConfig is needed. Give SPPConfig(metric='l1', …).")
         self.schedule = Schedule(strategy, every, min_change)
         if adapters not in get_args(AdapterOrder):
             raise SPPConfigError(f"adapters={adapters!r} is unknown. Give 'original' or 'reordered'.")
@@ -88,6 +86,7 @@ class SPPCallback(TrainerCallback, ExportableState):
         """What an earlier object of this callback had been given, if Trainer built this one from a checkpoint."""
         self._copies: list[Copy] = []
         self._live: LiveModel | None = None
+        self._made: str | None = None
         self._running: tuple[TrainingArguments, TrainerState] | None = None
         self._results: dict[str, dict[str, float]] = {}
         self._evaluations = 0
@@ -104,6 +103,11 @@ class SPPCallback(TrainerCallback, ExportableState):
             copy: A copy of the model or torch's `AveragedModel` of one, a dict of tensors by parameter name, or a list
                 of tensors in the order of `model.parameters()`, all or the trained ones.
         """
+        if not isinstance(copy, (nn.Module, Mapping, Sequence)):
+            raise CallbackError(
+                f"A {type(copy).__name__} was registered as a copy. Give a copy of the model, a dict of tensors by "
+                "name, or a list of tensors in the order of model.parameters()."
+            )
         self._copies.append(copy)
 
     def on_init_end(
@@ -126,33 +130,41 @@ class SPPCallback(TrainerCallback, ExportableState):
         **kwargs: Any,
     ) -> None:
         """Take up the orders of the checkpoint that is resumed, or reorder the model if that is the strategy."""
-        model, optimizer = kwargs["model"], kwargs["optimizer"]
+        model, optimizer, loader = kwargs["model"], kwargs["optimizer"], kwargs["train_dataloader"]
         _check_alone(_calling_handler())
         _check_set_up(model)
         self._check_given()
-        self.schedule.check(args, state, has_length(kwargs["train_dataloader"]))
+        self.schedule.check(args, state, len(loader) if has_length(loader) else None)
         if self.schedule.strategy != "train_begin":
             check_movable(optimizer)
-        before = self.reordering if self.reordering is not None and is_in_order(model, self.reordering) else None
-        if before is None:
-            self._results, self._evaluations = {}, 0
-        self._live = LiveModel(model, optimizer, self._copies, example_inputs=self.example_inputs, reordering=before)
+        if isinstance(model, PreTrainedModel):
+            accept_checkpoint_names(model)
+        calibration = self.calibration
+        if calibration is None and self.config.needs_calibration:
+            calibration = TrainingBatches(loader, self.config.seed)
+        self._live = LiveModel(model, optimizer, self._copies, self.config, calibration, self.example_inputs)
         self._running = (args, state)
-        model.save_pretrained = OrderedSaving(model, lambda: self.reordering, self.adapters)
+        for one in (inner_model(model), model):
+            one.save_pretrained = OrderedSaving(one, self.adapters)
+        stored = stored_state(state.stateful_callbacks) if state.global_step > 0 else None
         entries: Any = state.stateful_callbacks
         # Trainer counts on an entry, which a checkpoint made without the callback has not.
-        stored = entries.setdefault(type(self).__name__, {})
-        if state.global_step > 0 and stored:
-            self._resume(args, stored)
-        if self.schedule.strategy == "train_begin" and self.reordering is None:
-            self._reorder(args, state, control, **kwargs)
+        entries.setdefault(type(self).__name__, {})
+        if stored is not None:
+            self._resume(args, state, stored)
+        else:
+            self._live.align_optimizer()
+        if self._made is None or self._made != digest_of(self.reordering):
+            self._made, self._results, self._evaluations = None, {}, 0
+        if self.schedule.strategy == "train_begin" and self._made is None:
+            self._reorder(args, state, control)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Reorder if it is time: the step is done, its gradients are gone, and nothing is evaluated or saved yet."""
         evaluated = self.schedule.is_evaluated(args, state, control)
         self._evaluations += evaluated
         if self.schedule.is_due(state, self._evaluations if evaluated else None):
-            self._reorder(args, state, control, **kwargs)
+            self._reorder(args, state, control)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Keep the evaluation's results for the card; after training, write them into it at once."""
@@ -174,7 +186,7 @@ class SPPCallback(TrainerCallback, ExportableState):
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self._take_up_best(args, Path(state.best_model_checkpoint))
         if self.schedule.strategy == "train_end":
-            self._reorder(args, state, control, **kwargs)
+            self._reorder(args, state, control)
         self._running = None
         if self.reordering is None:
             logger.warning(f"SPPCallback(strategy={self.schedule.strategy!r}) has never reordered the model.")
@@ -187,14 +199,20 @@ class SPPCallback(TrainerCallback, ExportableState):
         Trainer asks for it while it writes a checkpoint, after the weights and before anything is pushed, so the orders
         are written beside them here.
         """
-        stored: dict[str, Any] = {"evaluations": self._evaluations, "adapters": self.adapters}
+        stored: dict[str, Any] = {}
         if self._live is not None and self._running is not None:
-            stored["fingerprint"] = None if is_sharded(self._live.model) else fingerprint(self._live.model)
-            stored["orders"] = None
-            if self.reordering is not None:
-                stored["orders"] = base64.b64encode(zlib.compress(self.reordering.to_bytes())).decode()
-                if (folder := _checkpoint_folder(*self._running)).is_dir():
-                    self.reordering.save_pretrained(folder)
+            args, state = self._running
+            model, folder, reordering = self._live.model, _checkpoint_folder(args, state), self.reordering
+            stored = {
+                "step": state.global_step,
+                "evaluations": self._evaluations,
+                "adapters": self.adapters,
+                "beside": names_beside_adapters(folder),
+                "fingerprint": None if is_sharded(model) else fingerprint(model),
+                "orders": None if reordering is None else pack_text(reordering.to_bytes()),
+            }
+            if reordering is not None and folder.is_dir() and not saves_portable(model, self.adapters):
+                reordering.save_pretrained(folder)
         settings = {
             "config": self.config.to_dict(),
             "strategy": self.schedule.strategy,
@@ -222,47 +240,53 @@ class SPPCallback(TrainerCallback, ExportableState):
                 "=False); SPPCallback takes up its orders by itself."
             )
 
-    def _reorder(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        calibration = self.calibration
-        if calibration is None and self.config.needs_calibration:
-            calibration = _training_batches(kwargs["train_dataloader"], self.config.seed)
+    def _reorder(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
         if self._live is not None:
             with _untouched_rng():
-                logs = self._live.reorder(self.config, calibration, self.schedule.min_change)
+                logs = self._live.reorder(self.schedule.min_change)
+            self._made = digest_of(self.reordering)
             _log(args, state, control, logs)
 
-    def _resume(self, args: TrainingArguments, stored: Any) -> None:
+    def _resume(self, args: TrainingArguments, state: TrainerState, stored: StoredState) -> None:
         """Take up the order that the resumed checkpoint's model was in."""
-        try:
-            found = stored["attributes"]["stored"]
-            orders, loaded, adapters = found["orders"], found["fingerprint"], found["adapters"]
-            self._evaluations = int(found["evaluations"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise CallbackError(
-                f"The state of SPPCallback in trainer_state.json is damaged ({error!r}). "
-                "Resume from an earlier checkpoint."
-            ) from error
-        if self._live is not None:
-            portable = adapters == "original" and not _loads_as_saved(args, self._live.model)
-            self._live.take_up(None if orders is None else _unpacked(orders), loaded, portable=portable)
+        if self._live is None:
+            return
+        loaded, model = stored.fingerprint, self._live.model
+        if stored.step != state.global_step:
+            if tuner_layers(model):
+                raise CallbackError(
+                    f"The checkpoint of step {state.global_step} was made without SPPCallback, in a run that went on "
+                    f"from one of step {stored.step} made with it, so its adapters and their optimizer's state are in "
+                    "different orders. Resume from a checkpoint that was made with the callback."
+                )
+            # The run without the callback has left the order as it was.
+            loaded = None
+        self._evaluations = stored.evaluations
+        portable = stored.adapters == "original" and not _loads_as_saved(args, model)
+        self._live.take_up(stored.reordering, loaded, portable=portable, beside=stored.beside)
+        self._made = digest_of(self.reordering)
+        logger.info(f"The resumed model is in the order of step {stored.step}'s checkpoint.")
 
     def _take_up_best(self, args: TrainingArguments, folder: Path) -> None:
         """Follow Trainer, which has loaded the weights of the best checkpoint and left all else as it is."""
-        live = self._live
+        live, stored = self._live, stored_state(checkpoint.read_json(folder / STATE_NAME).get("stateful_callbacks"))
         if live is None:
             return
-        best = Reordering.from_pretrained(folder) if (folder / ORDERS_NAME).is_file() else None
-        # DeepSpeed has loaded the optimizer's state with the weights.
-        live.optimizer = None if args.deepspeed else live.optimizer
+        best = None if stored is None else stored.reordering
+        if args.deepspeed:
+            live.optimizer = None  # its state was loaded with the weights
         live.bring_along(best)
-        portable = self.adapters == "original" and not _loads_as_saved(args, live.model)
-        live.take_up(best, _stored_fingerprint(folder, type(self).__name__), portable=portable)
+        if stored is None:
+            live.take_up(None, None, portable=False)
+        else:
+            portable = stored.adapters == "original" and not _loads_as_saved(args, live.model)
+            live.take_up(best, stored.fingerprint, portable=portable, beside=stored.beside)
+        self._made = digest_of(self.reordering)
 
     def _write_orders(self, args: TrainingArguments, state: TrainerState, model: Any) -> None:
         """Write the orders into the output folder, beside the model; portable adapters have none."""
-        portable = self.adapters == "original" and bool(tuner_layers(model))
-        reordering = self.reordering
-        if reordering is not None and is_in_order(model, reordering) and state.is_world_process_zero and not portable:
+        reordering = total_of(model)
+        if reordering is not None and state.is_world_process_zero and not saves_portable(model, self.adapters):
             reordering.save_pretrained(_folder(args))
 
     def _write_card(self, args: TrainingArguments, state: TrainerState, model: PreTrainedModel) -> None:
@@ -332,36 +356,6 @@ def _check_set_up(model: Any) -> None:
             "FSDP version 1 flattens weights into one vector, which SPPCallback does not move. "
             "Set fsdp_config={'version': 2} in TrainingArguments, or call apply_spp(model) before building the Trainer."
         )
-
-
-def _unpacked(text: Any) -> Reordering:
-    try:
-        data = zlib.decompress(base64.b64decode(text, validate=True))
-    except (TypeError, ValueError, zlib.error) as error:
-        raise CallbackError(
-            f"The reordering in trainer_state.json is damaged ({error}). Resume from an earlier checkpoint."
-        ) from error
-    return Reordering.from_bytes(data)
-
-
-def _stored_fingerprint(folder: Path, name: str) -> str | None:
-    """The fingerprint of a checkpoint's model, None if it has none."""
-    path = folder / STATE_NAME
-    entries = checkpoint.read_json(path).get("stateful_callbacks", {}) if path.is_file() else {}
-    found: str | None = entries.get(name, {}).get("attributes", {}).get("stored", {}).get("fingerprint")
-    return found
-
-
-def _training_batches(loader: DataLoader[Any], seed: int) -> Iterable[Mapping[str, Any]]:
-    """Batches of the training set in a fixed order of their own; the Trainer's own loader is not advanced."""
-    if isinstance(loader.dataset, IterableDataset):
-        raise CallbackError(
-            "The training set is an IterableDataset, whose examples cannot be read twice. "
-            "Pass SPPCallback(config, calibration=<dict batches>)."
-        )
-    size = loader.batch_size or getattr(loader, "total_batch_size", None) or 8
-    generator = torch.Generator().manual_seed(seed)
-    return DataLoader(loader.dataset, size, shuffle=True, generator=generator, collate_fn=loader.collate_fn)
 
 
 @contextmanager

@@ -164,10 +164,10 @@ class ChannelMap:
         return tuple(dict.fromkeys(group.name.partition(".")[0] for group in self.groups if "." in group.name))
 
     def shapes_differ(self, other: "ChannelMap") -> bool:
-        """Whether a group of the same name has other blocks or another size there, or no group is in both."""
+        """Whether a group of the same name has other blocks or another size there."""
         both = self.by_name.keys() & other.by_name.keys()
         shapes = ([(one.by_name[name].blocks, one.by_name[name].size) for name in both] for one in (self, other))
-        return not both or next(shapes) != next(shapes)
+        return next(shapes) != next(shapes)
 
     def select(self, axes: Iterable[str], towers: Iterable[str] | None = None) -> "ChannelMap":
         """The part of the map that concerns the given axes, in the whole model or the modules below the given paths."""

@@ -93,7 +93,7 @@ def read_json(path: PathLike) -> Any:
     """
     try:
         return json.loads(read_text(path))
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is no valid JSON ({error}). Save it again with save_pretrained.") from error
 
 

@@ -13,6 +13,7 @@ from .structure import inner_model
 # Adafactor and CAME keep, instead of the second moment of a matrix, its means over rows and over columns.
 _ROW_MEANS = ("exp_avg_sq_row", "exp_avg_res_row")
 _COLUMN_MEANS = ("exp_avg_sq_col", "exp_avg_res_col")
+_ELEMENTWISE = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg")
 # Packages whose optimizers keep states in blocks or in a projection, whose entries are no longer those of the weight.
 _COMPRESSED = ("galore_torch", "q_galore_torch", "apollo_torch", "torchao", "flora_opt", "lpmm")
 _MOVABLE = (
@@ -34,6 +35,11 @@ def optimizer_moves(optimizer: Any, model: nn.Module, indices: Indices) -> dict[
     optimizer = inner_optimizer(optimizer)
     if optimizer is not None and _is_deepspeed(optimizer):
         return _zero_moves(optimizer, model, indices)
+    if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
+        raise OptimizerError(
+            f"A {type(optimizer).__name__} was given as the optimizer; a torch optimizer is needed, or accelerate's "
+            "wrapper of one."
+        )
     if optimizer is None or not optimizer.state:
         return {}
     check_movable(optimizer)
@@ -44,24 +50,40 @@ def optimizer_moves(optimizer: Any, model: nn.Module, indices: Indices) -> dict[
             f"{type(optimizer).__name__} trains none of the parameters of this {type(model).__name__}, but copies or "
             "parts of them, so its state cannot be told apart. Give the model and the optimizer that train together."
         )
-    moves = {}
-    for name, (_, dims) in live_moves(model, indices).items():
-        parameter = parameters.get(name)
-        if parameter is None:
-            continue
-        for key, value in optimizer.state.get(parameter, {}).items():
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    moved = {name: dims for name, (_, dims) in live_moves(model, indices).items()}
+    elementwise = {*_ELEMENTWISE, *_keys_of_rectangles(optimizer)}
+    moves: dict[str, Move] = {}
+    # States of weights that stay say as well whether the optimizer is of a kind that can be moved.
+    for parameter, state in optimizer.state.items():
+        name = names.get(id(parameter), "a weight outside of the model")
+        for key, value in state.items():
             where = f"{type(optimizer).__name__}'s {key} of {name}"
-            moved = _state_dims(where, key, value, parameter, dims)
-            if moved:
-                moves[f"{name}'s {key}"] = (value, moved)
+            dims = _state_dims(where, key, value, parameter, moved.get(name, {}))
+            square = len(set(parameter.shape)) == 1 < parameter.dim()
+            if dims and square and value.shape == parameter.shape and key not in elementwise:
+                raise OptimizerError(
+                    f"{where} has the shape of its weight, {list(parameter.shape)}, which is square, so it may as well "
+                    f"be a matrix between channels. {_MOVABLE} Choose one of these optimizers."
+                )
+            if dims:
+                moves[f"{name}'s {key}"] = (value, dims)
     return moves
+
+
+def _keys_of_rectangles(optimizer: Any) -> set[str]:
+    """States that have the shape of a weight that is not square, so that they hold a value for each of its entries."""
+    return {
+        key
+        for parameter, state in optimizer.state.items()
+        for key, value in state.items()
+        if isinstance(value, Tensor) and value.shape == parameter.shape and len(set(parameter.shape)) > 1
+    }
 
 
 def inner_optimizer(optimizer: Any) -> Any:
     """The torch optimizer inside of accelerate's wrapper; anything else itself."""
-    inner = getattr(optimizer, "optimizer", None)
-    wrapped = not _is_deepspeed(optimizer) and (isinstance(inner, torch.optim.Optimizer) or _is_deepspeed(inner))
-    return inner_optimizer(inner) if wrapped else optimizer
+    return optimizer.optimizer if type(optimizer).__module__.startswith("accelerate.") else optimizer
 
 
 def _is_deepspeed(optimizer: Any) -> bool:
@@ -117,6 +139,15 @@ def check_movable(optimizer: Any) -> None:
         OptimizerError: The optimizer keeps compressed or projected states.
     """
     optimizer = inner_optimizer(optimizer)
+    if _is_deepspeed(optimizer):
+        optimizer = optimizer.optimizer
+    others = [type(value).__name__ for value in vars(optimizer).values() if isinstance(value, torch.optim.Optimizer)]
+    if others or hasattr(optimizer, "optimizer_dict") or isinstance(optimizer, torch.optim.LBFGS):
+        what = f"is built around {others[0]}" if others else "keeps its state elsewhere than with its weights"
+        raise OptimizerError(
+            f"{type(optimizer).__name__} {what}, so its state cannot move with channels. {_MOVABLE} Choose one of "
+            "these, or strategy='train_begin' on a fresh run."
+        )
     packages = {kind.__module__.partition(".")[0] for kind in type(optimizer).__mro__}
     bits = getattr(getattr(optimizer, "args", None), "optim_bits", 32) if "bitsandbytes" in packages else 32
     projected = any("rank" in group and "update_proj_gap" in group for group in getattr(optimizer, "param_groups", ()))

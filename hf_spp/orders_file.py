@@ -13,7 +13,7 @@ from torch import Tensor
 from . import checkpoint
 from .channels import ChannelGroup, ChannelMap, Member, Role
 from .config import AXES, FORMAT_VERSION, SPPConfig, check_format_version
-from .errors import CheckpointError, OrdersError
+from .errors import CheckpointError, OrdersError, SPPConfigError
 
 ORDERS_NAME = "spp_orders.safetensors"
 # A layout in einops notation: names, and parentheses around those that share a dimension.
@@ -85,7 +85,11 @@ def unpack_orders(data: bytes) -> StoredOrders:
         if parent is not None and parent.channels != group.blocks:
             raise CheckpointError(f"Groups {group.name!r} and {group.parent!r} in {ORDERS_NAME} do not fit each other.")
     orders = {name: order.long() for name, order in orders.items()}
-    return StoredOrders(orders, scores, groups, SPPConfig.from_dict(stored["config"]), stored["summary"])
+    try:
+        config = SPPConfig.from_dict(stored["config"])
+    except SPPConfigError as error:
+        raise CheckpointError(f"The config in {ORDERS_NAME} is not accepted: {error}") from error
+    return StoredOrders(orders, scores, groups, config, stored["summary"])
 
 
 def _seal(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
@@ -109,7 +113,7 @@ def _parse_metadata(metadata: Mapping[str, str]) -> dict[str, Any]:
     check_format_version(version, ORDERS_NAME)
     try:
         stored = {key: json.loads(metadata[key]) for key in ("config", "summary", "groups")}
-    except (KeyError, json.JSONDecodeError, RecursionError) as error:
+    except (KeyError, ValueError, RecursionError) as error:
         raise CheckpointError(f"The metadata of {ORDERS_NAME} is damaged ({error}). Save it again.") from error
     for key, value in stored.items():
         if not isinstance(value, dict):
@@ -120,11 +124,13 @@ def _parse_metadata(metadata: Mapping[str, str]) -> dict[str, Any]:
 def _check_summary(summary: Mapping[str, Any], groups: Mapping[str, Any], scores: Mapping[str, Tensor]) -> None:
     """Check the types of what an orders file says besides its orders."""
     figures = ("max_abs_diff", "relative_diff", "output_scale", "tolerance")
-    numbers = [summary.get(name) for name in figures] if summary.get("verified") else []
+    proved = summary.get("verified")
+    numbers = [summary.get(name) for name in figures]
     texts = [summary.get(name) for name in ("model_type", "model_class", "dtype")]
     refused, versions, unproved = summary.get("refused"), summary.get("versions"), summary.get("unproved")
     sound = (
-        all(isinstance(value, (int, float)) for value in numbers)
+        isinstance(proved, bool)
+        and all(_is_figure(value) if proved else value is None for value in numbers)
         and isinstance(versions, dict)
         and isinstance(unproved, list)
         and all(isinstance(name, str) and name in groups for name in unproved)
@@ -137,6 +143,11 @@ def _check_summary(summary: Mapping[str, Any], groups: Mapping[str, Any], scores
         raise CheckpointError(
             f"Scores or metadata of {ORDERS_NAME} are of another type than hf_spp writes. Save it again."
         )
+
+
+def _is_figure(value: Any) -> bool:
+    # A whole number may be too large for the computer's floating-point numbers.
+    return type(value) in (int, float) and 0 <= value < 1e300
 
 
 def _packed_group(group: ChannelGroup) -> list[Any]:
@@ -156,7 +167,7 @@ def _is_packed_group(packed: Any) -> bool:
     axis, layer, parent, members = packed
     return (
         axis in AXES
-        and (layer is None or isinstance(layer, int))
+        and (layer is None or type(layer) is int)
         and (parent is None or isinstance(parent, str))
         and all(isinstance(member, list) and len(member) == 4 and _is_packed_member(*member) for member in members)
     )
@@ -171,14 +182,14 @@ def _is_packed_member(tensor: Any, pattern: Any, role: Any, span: Any) -> bool:
         and re.findall(r"\w+", pattern).count("c") == 1
         and re.findall(r"\w+", pattern).count("b") <= 1
         and role in get_args(Role)
-        and (span is None or (whole_span and 0 <= span[0] < span[1] <= span[2]))
+        and (span is None or (whole_span and 0 <= span[0] < span[1] <= span[2] < 2**31))
     )
 
 
 def _check_permutation(name: str, order: Tensor) -> None:
     size = order.shape[-1] if order.dim() == 2 else 0
     places = torch.arange(size, dtype=torch.int32).expand(order.shape[0] if order.dim() == 2 else 0, -1)
-    known = order.dim() == 2 and order.dtype in (torch.int16, torch.int32)
+    known = order.dim() == 2 and order.numel() > 0 and order.dtype in (torch.int16, torch.int32)
     if not known or not torch.equal(order.sort(-1).values.int(), places):
         raise OrdersError(
             f"The order of {name!r} in {ORDERS_NAME} is no permutation in every block. "

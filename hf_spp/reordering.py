@@ -5,7 +5,7 @@ import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,13 @@ class Reordering:
     dtype: str
     versions: Mapping[str, str]
 
+    # Live models and optimizers hold the reorderings that they went through, and are copied and pickled with them.
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Reordering":
+        return self
+
+    def __reduce__(self) -> Any:
+        return Reordering.from_bytes, (self.to_bytes(),)
+
     @property
     def max_abs_diff(self) -> float | None:
         """Largest absolute difference of the model's outputs, None if the proof was switched off."""
@@ -109,18 +116,24 @@ class Reordering:
             OrdersError: The orders do not fit this model, or it is not in the order that this reordering made.
             OptimizerError: The optimizer's state cannot be moved.
         """
-        history = history_of(model)
-        if history is not None and history[-1:] != (self.digest,):
+        history, optimizer = history_of(model), inner_optimizer(optimizer)
+        if history is not None and not is_in_order(model, self):
             state = "in its original order" if not history else "in the order of another reordering"
             raise OrdersError(
                 f"This {type(model).__name__} is {state}, so this reordering cannot be undone on it. "
                 "Undo the last reordering first, or load the reordered checkpoint again."
             )
         indices = invert_indices(self.indices(model))
-        gather_model(model, indices, others=optimizer_moves(optimizer, model, indices))
+        along = optimizer_moves(optimizer, model, indices)
+        if along and not is_in_order(optimizer, self):
+            raise OptimizerError(
+                f"The state of this {type(optimizer).__name__} was not moved by this reordering, so it must not be "
+                "moved back. Leave the optimizer out, or call apply_to_optimizer after the reordering."
+            )
+        gather_model(model, indices, others=along)
         remember(model, () if history is None else history[:-1])
-        if (moved := history_of(inner_optimizer(optimizer))) is not None:
-            remember(inner_optimizer(optimizer), moved[:-1])
+        if optimizer is not None:
+            remember(optimizer, (history_of(optimizer) or ())[:-1])
 
     def apply(self, model: nn.Module) -> None:
         """Reorder another copy of the model that this reordering started from, in place.
@@ -132,13 +145,12 @@ class Reordering:
         Raises:
             OrdersError: The orders do not fit this model, or it is already in this order.
         """
-        history = history_of(model) or ()
-        if history[-1:] == (self.digest,):
+        if is_in_order(model, self):
             raise OrdersError(
                 f"This {type(model).__name__} is already in the order of this reordering. Apply it to the original."
             )
         gather_model(model, self.indices(model))
-        remember(model, (*history, self.digest))
+        remember(model, (*(history_of(model) or ()), self))
 
     def apply_to_optimizer(self, optimizer: Any, model: nn.Module) -> None:
         """Move the state of an optimizer in place, once its model has been reordered, so that training goes on.
@@ -155,19 +167,24 @@ class Reordering:
             OrdersError: The orders do not fit this model, or it is not in the order that this reordering made.
         """
         optimizer = inner_optimizer(optimizer)
-        if (history_of(model) or (self.digest,))[-1] != self.digest:
+        if history_of(model) is not None and not is_in_order(model, self):
             raise OrdersError(
                 f"This {type(model).__name__} is not in the order of this reordering, so its optimizer must not be "
                 "either. Call apply_to_optimizer right after the reordering of the model."
             )
-        moved = history_of(optimizer) or ()
-        if moved[-1:] == (self.digest,):
+        moved, before = history_of(optimizer), (history_of(model) or ())[:-1]
+        if is_in_order(optimizer, self):
             raise OptimizerError(
                 f"This {type(optimizer).__name__} was moved by this reordering before; its state fits the model. "
                 "Call apply_to_optimizer once for each reordering."
             )
+        if moved is not None and [one.digest for one in moved] != [one.digest for one in before]:
+            raise OptimizerError(
+                f"This {type(optimizer).__name__} has moved with {len(moved)} reorderings, and the model with "
+                f"{len(before)} others before this one. Call apply_to_optimizer after each reordering, in order."
+            )
         carry(optimizer_moves(optimizer, model, self.indices(model)))
-        remember(optimizer, (*moved, self.digest))
+        remember(optimizer, (*before, self))
 
     def remap_adapter(
         self,
@@ -189,9 +206,8 @@ class Reordering:
             The adapter's tensors for the base model in the other order.
 
         Raises:
-            AdapterError: The adapter is of another model, or the direction is unknown.
+            AdapterError: The adapter is of another model, of a kind that is not known, or the direction is unknown.
             CheckpointError: The folder holds no readable adapter.
-            UnsupportedModelError: The adapter is no LoRA with known tensors.
         """
         if isinstance(adapter, Mapping):
             if save_directory is not None:
@@ -390,17 +406,24 @@ def check_writable(model: nn.Module) -> None:
             )
 
 
-def history_of(moved: Any) -> tuple[str, ...] | None:
-    """Digests of the reorderings a live model or optimizer went through in this process, None if nothing is known."""
-    history: tuple[str, ...] | None = getattr(inner_model(moved), _HISTORY, None)
+def history_of(moved: Any) -> tuple[Reordering, ...] | None:
+    """The reorderings that a live model or optimizer went through in this process, None if nothing is known."""
+    history: tuple[Reordering, ...] | None = getattr(inner_model(moved), _HISTORY, None)
     return history
 
 
-def is_in_order(model: Any, reordering: Reordering) -> bool:
+def is_in_order(moved: Any, reordering: Reordering) -> bool:
     """Whether a reordering is the last that a live model or optimizer went through in this process."""
-    return (history_of(model) or ())[-1:] == (reordering.digest,)
+    history = history_of(moved) or ()
+    return bool(history) and history[-1].digest == reordering.digest
 
 
-def remember(moved: Any, history: tuple[str, ...]) -> None:
-    """Note on a live model or optimizer which reorderings it went through."""
+def total_of(moved: Any) -> Reordering | None:
+    """All that a live model or optimizer went through as one reordering, None if that is nothing."""
+    history = history_of(moved)
+    return reduce(Reordering.then, history) if history else None
+
+
+def remember(moved: Any, history: tuple[Reordering, ...] | None) -> None:
+    """Note on a live model or optimizer which reorderings it went through, None if nothing is known."""
     setattr(inner_model(moved), _HISTORY, history)

@@ -1,7 +1,7 @@
 """What is saved of a model in training: the orders with the weights, adapters in the order that is asked for."""
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from . import checkpoint
-from .adapters import remapped
+from .adapters import ADAPTER_WEIGHTS, read_adapter, remapped
 from .config import CONFIG_NAME
 from .orders_file import ORDERS_NAME
-from .reordering import Reordering, is_in_order
+from .reordering import Reordering, total_of
 from .structure import inner_model, part_of, tuner_layers
 
 AdapterOrder = Literal["original", "reordered"]
@@ -21,66 +21,95 @@ _SAMPLE = 256
 
 
 class OrderedSaving:
-    """The `save_pretrained` of one model in training, which keeps the orders with the weights.
+    """The `save_pretrained` of a model in training, which keeps the orders with the weights.
 
-    Beside the weights of a plain model it writes the orders. Adapters are saved for the original base model, or as
-    they are with the orders beside them. Old orders go first, so that no folder ever holds weights with the orders of
-    others. Copies of the model save as their class does.
+    Beside the weights of a plain model it writes the orders that the model is in. Adapters are saved for the original
+    base model, or as they are with the orders beside them. Orders that lie in the folder go first, so that weights
+    never lie beside those of others. Copies of the model save in the same way.
 
     Args:
         model: The model, plain or PEFT's.
-        reordering: Gives the reordering that the model went through, None before the first.
         adapters: In which order adapters are saved.
     """
 
-    def __init__(
-        self, model: Any, reordering: Callable[[], Reordering | None], adapters: AdapterOrder = "original"
-    ) -> None:
-        self.model, self.reordering, self.adapters = model, reordering, adapters
+    def __init__(self, model: Any, adapters: AdapterOrder = "original") -> None:
+        self.model, self.adapters = model, adapters
 
     def __call__(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> Any:
         """Save the model into a folder; arguments are those of the model's own `save_pretrained`."""
-        reordering, save = self.reordering(), partial(type(self.model).save_pretrained, self.model)
-        if reordering is None:
-            return save(save_directory, *args, **kwargs)
-        reordered, writes = is_in_order(self.model, reordering), kwargs.get("is_main_process", True)
-        if reordered and tuner_layers(self.model) and self.adapters == "original":
-            state = kwargs.pop("state_dict", None) or self.model.state_dict()
-            return save(save_directory, *args, **kwargs, state_dict=self._in_original_order(state, reordering))
+        save, reordering = partial(type(self.model).save_pretrained, self.model), total_of(self.model)
+        writes = kwargs.get("is_main_process", True)
         if writes:
             checkpoint.remove_file(Path(save_directory) / ORDERS_NAME)
             checkpoint.remove_file(Path(save_directory) / CONFIG_NAME)
+        if reordering is not None and saves_portable(self.model, self.adapters):
+            state = kwargs.pop("state_dict", None) or self.model.state_dict()
+            return save(save_directory, *args, **kwargs, state_dict=self._in_original_order(state, reordering))
         result = save(save_directory, *args, **kwargs)
-        if writes and reordered:
+        if writes and reordering is not None:
             reordering.save_pretrained(save_directory)
         return result
 
     def _in_original_order(self, state: Mapping[str, Tensor], reordering: Reordering) -> dict[str, Tensor]:
         # PEFT saves embeddings beside adapters that add to them, or where their number of tokens has changed.
-        ends = [self.model.get_input_embeddings(), self.model.get_output_embeddings()]
-        embeddings = {id(parameter) for end in ends if end is not None for parameter in end.parameters()}
+        embeddings = {id(parameter) for end in _embeddings(self.model) for parameter in end.parameters()}
         names = {name for name, one in self.model.named_parameters(remove_duplicate=False) if id(one) in embeddings}
-        saved = {name: one for name, one in state.items() if is_saved_with_adapter(name) or name in names}
+        saved = {name: one for name, one in state.items() if is_in_adapter_file(name) or name in names}
         return {**state, **remapped(saved, reordering.groups, reordering.orders, "to_original")}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        copy = memo[id(self.model)]
-        return partial(type(copy).save_pretrained, copy)
+        return OrderedSaving(memo[id(self.model)], self.adapters)
 
     def __reduce__(self) -> Any:
-        return partial, (type(self.model).save_pretrained, self.model)
+        return OrderedSaving, (self.model, self.adapters)
 
 
-def is_saved_with_adapter(name: str) -> bool:
-    """Whether a live model's tensor is part of its adapter, by its name."""
-    return part_of(name).adapter is not None or "modules_to_save" in name.split(".")
+def saves_portable(model: Any, adapters: AdapterOrder) -> bool:
+    """Whether what is saved of a model is an adapter for the original base model, to which no orders belong."""
+    alone = inner_model(model) is not model or getattr(model, "_hf_peft_config_loaded", False)
+    return adapters == "original" and alone and bool(tuner_layers(model))
+
+
+def names_beside_adapters(folder: Path) -> list[str]:
+    """Names of the plain model's tensors in the files of a folder's adapters: heads, embeddings."""
+    files = [folder, *(path.parent for path in folder.glob(f"*/{ADAPTER_WEIGHTS}"))]
+    tensors = [name for file in files if (file / ADAPTER_WEIGHTS).is_file() for name in read_adapter(file)[0]]
+    parts = (part_of(name.removeprefix("base_model.model.")) for name in tensors)
+    return sorted({part.tensor for part in parts if part.adapter is None})
+
+
+def is_in_adapter_file(name: str, beside: Collection[str] = ()) -> bool:
+    """Whether a live model's tensor is saved with its adapter.
+
+    Args:
+        name: The tensor's name in the live model.
+        beside: Names of the plain model's tensors in the file.
+    """
+    part, steps = part_of(name), name.split(".")
+    if part.adapter is not None or "modules_to_save" in steps:
+        return True
+    return part.tensor in beside and "original_module" not in steps
 
 
 def fingerprint(model: Any) -> str:
-    """SHA-256 over a sample of every weight of a live model, adapters included."""
+    """SHA-256 over a sample of every weight that a checkpoint of the model holds."""
     total, inner = hashlib.sha256(), inner_model(model)
-    for tensor in (*inner.parameters(), *inner.buffers()):
+    alone = bool(tuner_layers(inner))
+    for name, tensor in inner.state_dict().items():
+        if not isinstance(tensor, Tensor) or (alone and not is_in_adapter_file(name)):
+            continue
         flat = tensor.detach().flatten()
         sample = flat[:: max(1, flat.numel() // _SAMPLE)].to("cpu", torch.float64)
         total.update(sample.numpy().tobytes())
     return total.hexdigest()
+
+
+def _embeddings(model: Any) -> list[torch.nn.Module]:
+    """The modules that read and write tokens, of models that have such."""
+    found = []
+    for find in (model.get_input_embeddings, model.get_output_embeddings):
+        try:
+            found.append(find())
+        except (AttributeError, NotImplementedError):
+            continue
+    return [end for end in found if end is not None]

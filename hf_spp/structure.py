@@ -18,7 +18,7 @@ from .errors import UnsupportedModelError
 
 # Modules that training puts around others, and how the inner one is called.
 _SHELLS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
-_WRAPPERS = ("base_layer", "original_module", *_SHELLS)
+_WRAPPERS = ("base_layer", "original_module", "token_adapter", *_SHELLS)
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def part_of(name: str) -> Part:
     if "modules_to_save" in steps:
         place = steps.index("modules_to_save")
         del steps[place : place + 2]
-    adapter = next((step for step in steps if step.startswith(("lora_", "token_adapter", "trainable_tokens"))), None)
+    adapter = next((step for step in steps if step.startswith(("lora_", "trainable_tokens_"))), None)
     if adapter is None:
         return Part(".".join(steps), None, steps[-1])
     path = steps[: steps.index(adapter)]
@@ -60,11 +60,7 @@ def inner_model(model: Any) -> Any:
     for name, config in model.peft_config.items():
         method = str(getattr(config.peft_type, "value", config.peft_type))
         if method not in ("LORA", "TRAINABLE_TOKENS"):
-            raise UnsupportedModelError(
-                f"Adapter {name!r} is of the type {method}, whose weights are not known to go with the model's "
-                "channels. Accepted: LoRA with its variants DoRA and rsLoRA. Merge the adapter (merge_and_unload) or "
-                "reorder before it is added."
-            )
+            raise UnsupportedModelError(_unknown_adapter(f"Adapter {name!r}", method))
     return model.get_base_model()
 
 
@@ -121,6 +117,24 @@ def plain_structure(model: nn.Module) -> Iterator[Any]:
             module.__class__ = sharded
 
 
+def check_adapters(model: nn.Module) -> None:
+    """Refuse layers of adapters that are not known to go with the channels of the weights that they add to.
+
+    Raises:
+        UnsupportedModelError: A layer is neither LoRA's nor one of trainable tokens.
+    """
+    for layer in tuner_layers(model):
+        if not hasattr(layer, "lora_A") and not hasattr(layer, "trainable_tokens_delta"):
+            raise UnsupportedModelError(_unknown_adapter("An adapter", type(layer).__module__))
+
+
+def _unknown_adapter(which: str, kind: str) -> str:
+    return (
+        f"{which} is of the type {kind}, whose weights are not known to go with the model's channels. Accepted: LoRA "
+        "with its variants DoRA and rsLoRA. Merge the adapter (merge_and_unload), or reorder before it is added."
+    )
+
+
 def is_sharded(model: nn.Module) -> bool:
     """Whether FSDP or DeepSpeed's ZeRO-3 has divided the parameters among processes."""
     fsdp = _fsdp_class()
@@ -148,13 +162,15 @@ def tuner_layers(model: nn.Module) -> list[Any]:
 
 def _plain_child(module: nn.Module) -> nn.Module:
     """The module that lies inside of what training put around it."""
-    layers, trained = _peft_classes()
+    layers, trained, wrappers = _peft_classes()
     while True:
         if isinstance(module, trained):
             active = [name for name in module.active_adapters if name in module.modules_to_save]
             module = module.modules_to_save[active[0]] if active else module.original_module
         elif isinstance(module, layers):
             module = module.get_base_layer()
+        elif isinstance(module, wrappers) and "token_adapter" in module._modules:
+            module = module.token_adapter
         else:
             inner = next((module._modules[name] for name in _SHELLS if module._modules.get(name) is not None), None)
             if inner is None:
@@ -162,10 +178,11 @@ def _plain_child(module: nn.Module) -> nn.Module:
             module = inner
 
 
-def _peft_classes() -> tuple[Any, Any]:
-    """PEFT's classes of layers put in the place of others, and of modules trained beside their original."""
+def _peft_classes() -> tuple[Any, Any, Any]:
+    """PEFT's classes: layers put in the place of others, modules trained beside their original, wrappers of others."""
     tuners, other = sys.modules.get("peft.tuners.tuners_utils"), sys.modules.get("peft.utils.other")
-    return getattr(tuners, "BaseTunerLayer", ()), getattr(other, "ModulesToSaveWrapper", ())
+    wrappers = getattr(other, "ModulesToSaveWrapper", ()), getattr(other, "AuxiliaryTrainingWrapper", ())
+    return getattr(tuners, "BaseTunerLayer", ()), *wrappers
 
 
 def _class_before_sharding(module: nn.Module) -> type[nn.Module] | None:

@@ -99,7 +99,7 @@ def prepare(
     config = _settle(config, groups, calibration)
     if config.needs_calibration and is_sharded(inner_model(model)):
         raise CalibrationError(
-            f"Metric {config.metric!r} runs the plain model, and the weights of {type(inner_model(model)).__name__} here "
+            f"Metric {config.metric!r} runs the plain model, and the weights of {type(inner_model(model)).__name__} "
             "are divided among processes by FSDP or ZeRO-3. Choose a weight-only metric (l1, l2, random), or call "
             "apply_spp before the model is sharded."
         )
@@ -174,7 +174,7 @@ def carry_out(
             str(next(inner.parameters()).dtype).removeprefix("torch."),
             _versions(),
         )
-        remember(model, (*history, reordering.digest))
+        remember(model, (*history, reordering))
     except BaseException:
         gather_model(model, invert_indices(indices), others=invert_moves(along))
         raise

@@ -44,7 +44,7 @@ def main(folder, kind, checkpoint=None):
         "save_total_limit": 3,
         "full_determinism": True,
     }
-    trainer = trainer_of(folder, callback, Progress(folder), model=model, full_determinism=True, **changes)
+    trainer = trainer_of(folder, callback, Progress(folder), model=model, **changes)
     trainer.train(resume_from_checkpoint=checkpoint)
     callback.reordering.undo(model)
     save_file({name: one.contiguous() for name, one in model.state_dict().items()}, folder / "final.safetensors")

@@ -2,6 +2,8 @@
 
 import copy
 import json
+import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +13,19 @@ from test_callback import EXAMPLES, losses, same_weights, trained, trainer_of
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import TrainerCallback
 
-from hf_spp import CallbackError, OptimizerError, Reordering, SPPCallback, SPPConfig, SPPConfigError
+from hf_spp import (
+    CallbackError,
+    IllegalAxisError,
+    OptimizerError,
+    Reordering,
+    SPPCallback,
+    SPPConfig,
+    SPPConfigError,
+    apply_spp,
+)
 from hf_spp._compat import accept_checkpoint_names
 from hf_spp.orders_file import ORDERS_NAME
+from hf_spp.stored_state import STATE_NAME, stored_state
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
@@ -149,6 +161,10 @@ def test_saved_adapter_fits_its_base(adapters, tmp_path):
     assert (tmp_path / "final" / ORDERS_NAME).exists() == (adapters == "reordered")
 
 
+def stored_in(checkpoint):
+    return stored_state(json.loads((Path(checkpoint) / STATE_NAME).read_text())["stateful_callbacks"])
+
+
 @pytest.mark.parametrize("adapters", ["original", "reordered"])
 def test_best_adapter_is_loaded_in_its_order(adapters, tmp_path):
     settings = {"save_strategy": "epoch", "load_best_model_at_end": True, "metric_for_best_model": "loss"}
@@ -158,7 +174,7 @@ def test_best_adapter_is_loaded_in_its_order(adapters, tmp_path):
     plain = trained(tmp_path / "plain", model=adapted_model(), **settings)
     best = trainer.state.best_model_checkpoint
     assert best.endswith("checkpoint-6")
-    assert callback.reordering.digest == Reordering.from_pretrained(best).digest
+    assert callback.reordering.digest == stored_in(best).reordering.digest
     callback.reordering.undo(trainer.model)
     expected = weights_of(plain.model)
     assert all(torch.allclose(one, expected[name], atol=1e-5) for name, one in weights_of(trainer.model).items())
@@ -269,7 +285,7 @@ def test_copy_of_another_model_is_refused_before_training(tmp_path):
     for wrong, message in (
         (build_model("bert"), "is a BertForMaskedLM"),
         ({"nowhere.weight": torch.zeros(3)}, "'nowhere.weight'"),
-        ([torch.zeros(3)], "in the order of model.parameters"),
+        ([torch.zeros(3)], "a list of 1 tensors"),
     ):
         callback = SPPCallback()
         callback.register_copy(wrong)
@@ -328,3 +344,163 @@ def test_stored_state_is_small(tmp_path):
     size = (tmp_path / "checkpoint-3" / ORDERS_NAME).stat().st_size
     assert size < 6 * channels + 20_000
     assert len(stored["SPPCallback"]["attributes"]["stored"]["orders"]) < 8 * channels + 10_000
+
+
+def hidden_adapter(**changes):
+    """LoRA on the embeddings, which PEFT therefore saves beside the adapter."""
+    torch.manual_seed(0)
+    model = build_model("llama", tie_word_embeddings=False, **changes)
+    return get_peft_model(model, LoraConfig(r=3, target_modules=["embed_tokens", "up_proj"]))
+
+
+TOKENS = [{"input_ids": torch.arange(1, 9) + i, "labels": torch.arange(1, 9) + i} for i in range(24)]
+
+
+def text_trainer(folder, model, *callbacks, **changes):
+    trainer = trainer_of(folder, *callbacks, model=model, **changes)
+    trainer.compute_metrics = None
+    trainer.train_dataset, trainer.eval_dataset = TOKENS, TOKENS[:8]
+    return trainer
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
+@pytest.mark.parametrize("adapters", ["original", "reordered"])
+def test_embeddings_beside_an_adapter_are_loaded_in_their_order(adapters, tmp_path):
+    config = SPPConfig(axes=("ffn", "vo", "hidden"), metric="random")
+    settings = {"save_strategy": "epoch", "load_best_model_at_end": True, "metric_for_best_model": "loss"}
+    settings |= {"greater_is_better": True, "num_train_epochs": 3}
+    callback = SPPCallback(config, strategy="epoch", adapters=adapters)
+    trainer = text_trainer(tmp_path / "spp", hidden_adapter(), callback, **settings)
+    trainer.train()
+    plain = text_trainer(tmp_path / "plain", hidden_adapter(), **settings)
+    plain.train()
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-6")
+    inputs = {"input_ids": torch.arange(1, 9)[None]}
+    expected, found = (one.model.eval()(**inputs).logits for one in (plain, trainer))
+    assert torch.allclose(found, expected, atol=1e-5)
+    runs = []
+    for source in (None, str(tmp_path / "spp" / "checkpoint-12")):
+        callback = SPPCallback(config, strategy="epoch", adapters=adapters)
+        run = text_trainer(tmp_path / str(len(runs)), hidden_adapter(), callback, num_train_epochs=3)
+        run.train(resume_from_checkpoint=source)
+        runs.append(run.model)
+    assert same_weights(*runs)
+
+
+def test_old_orders_never_stay_beside_other_weights(tmp_path):
+    trained(tmp_path / "out", SPPCallback(SHUFFLE))
+    assert (tmp_path / "out" / "checkpoint-3" / ORDERS_NAME).exists()
+    # The next run writes into the same folder, and has not reordered yet at step 3.
+    trained(tmp_path / "out", SPPCallback(SHUFFLE, strategy="steps", every=5), adam_beta1=0.8)
+    assert not (tmp_path / "out" / "checkpoint-3" / ORDERS_NAME).exists()
+    settings = {"save_strategy": "epoch", "load_best_model_at_end": True, "metric_for_best_model": "loss"}
+    trained(tmp_path / "out", SPPCallback(SHUFFLE), **settings)
+    callback = SPPCallback(SHUFFLE, strategy="steps", every=8)
+    trainer = trained(tmp_path / "out", callback, greater_is_better=True, **settings)
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-6")
+    assert callback.reordering is None
+
+
+def test_partly_loaded_best_model_is_refused(tmp_path):
+    """Trainer leaves layers unread whose names differ in files; only the callback helps it, and not with model_init."""
+    settings = {"save_strategy": "epoch", "load_best_model_at_end": True, "metric_for_best_model": "loss"}
+    settings |= {"greater_is_better": True}
+    trainer = trainer_of(tmp_path, **settings)
+    trainer.add_callback(SPPCallback(SHUFFLE, strategy="epoch"))
+    trainer.train()
+    best = trainer.state.best_model_checkpoint
+    assert same_weights(trainer.model, type(trainer.model).from_pretrained(best))
+
+
+def test_undo_without_the_optimizer_is_made_good_when_training_goes_on(tmp_path):
+    runs = []
+    for callback in (SPPCallback(SHUFFLE), None):
+        trainer = trained(tmp_path / str(len(runs)), *filter(None, [callback]))
+        if callback is not None:
+            callback.reordering.undo(trainer.model)
+        trainer.train()
+        runs.append(losses(trainer))
+    assert runs[0] == pytest.approx(runs[1], abs=2e-6)
+
+
+def test_models_reordered_before_save_adapters_for_the_public_base(tmp_path):
+    base = build_model("vit")
+    apply_spp(base, SPPConfig(metric="random", seed=9))
+    torch.manual_seed(0)
+    model = get_peft_model(base, LoraConfig(r=3, target_modules=["q_proj", "fc1"]))
+    trainer = trained(tmp_path / "out", SPPCallback(SHUFFLE), model=model)
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(trainer.model)))
+    for number, one in enumerate((trainer.model, copied)):
+        one.save_pretrained(tmp_path / str(number))
+        loaded = PeftModel.from_pretrained(build_model("vit"), tmp_path / str(number)).eval()
+        inputs = {"pixel_values": torch.stack([example["pixel_values"] for example in EXAMPLES[:4]])}
+        assert torch.allclose(loaded(**inputs).logits, one.eval()(**inputs).logits, atol=1e-5)
+    merged = trainer.model.merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    assert Reordering.from_pretrained(tmp_path / "merged").digest
+
+
+def test_users_undo_in_the_middle_is_followed(tmp_path):
+    class Undo(TrainerCallback):
+        def on_step_begin(self, args, state, control, model, optimizer, **kwargs):
+            if state.global_step == 5:
+                callback.reordering.undo(model, optimizer)
+
+    callback = SPPCallback(SHUFFLE, strategy="steps", every=4)
+    trainer = trained(tmp_path / "spp", callback, Undo())
+    plain = trained(tmp_path / "plain")
+    assert losses(trainer) == pytest.approx(losses(plain), abs=2e-6)
+    callback.reordering.undo(trainer.model)
+    for name, tensor in weights_of(trainer.model).items():
+        assert name.endswith("k_proj.bias") or torch.allclose(tensor, weights_of(plain.model)[name], atol=1e-5)
+
+
+def test_subclass_finds_its_state_and_stretches_without_the_callback_are_seen(tmp_path):
+    class Renamed(SPPCallback):
+        pass
+
+    trained(tmp_path / "first", SPPCallback(SHUFFLE), max_steps=3)
+    first = stored_in(tmp_path / "first" / "checkpoint-3").reordering.digest
+    renamed = Renamed(SHUFFLE)
+    trained(tmp_path / "second", renamed, resume=tmp_path / "first" / "checkpoint-3", max_steps=6)
+    assert renamed.reordering.digest == first
+    model = build_model("vit")
+    accept_checkpoint_names(model)
+    trained(tmp_path / "without", model=model, resume=tmp_path / "first" / "checkpoint-3", max_steps=6)
+    again = SPPCallback(SHUFFLE)
+    trained(tmp_path / "third", again, resume=tmp_path / "without" / "checkpoint-6", max_steps=9)
+    assert again.reordering.digest == first
+
+
+@pytest.mark.parametrize(
+    ("settings", "changes", "message"),
+    [
+        ({"strategy": "epoch"}, {"max_steps": 4}, "never reorder in a run of 0 epochs"),
+        ({"strategy": "epoch"}, {"num_train_epochs": 0.5}, "never reorder in a run of 0 epochs"),
+        ({"strategy": "epoch", "every": 2}, {"num_train_epochs": 1.5}, "never reorder in a run of 1 epochs"),
+    ],
+    ids=str,
+)
+def test_runs_too_short_for_their_epochs_are_refused(settings, changes, message, tmp_path):
+    with pytest.raises(CallbackError, match=message):
+        trained(tmp_path, SPPCallback(**settings), **changes)
+
+
+def test_evaluation_at_the_end_of_a_broken_epoch_is_preceded(tmp_path):
+    trainer = trained(tmp_path, SPPCallback(SHUFFLE, strategy="evaluate"), max_steps=9)
+    assert reordered_at(trainer) == [6, 9]
+
+
+def test_what_cannot_be_is_refused_before_training(tmp_path):
+    with pytest.raises(IllegalAxisError, match="may not move"):
+        trained(tmp_path, SPPCallback(SPPConfig(axes=("experts",)), strategy="train_end"))
+    with pytest.raises(SPPConfigError, match="an SPPConfig is needed"):
+        SPPCallback("l1")
+    with pytest.raises(SPPConfigError, match="can be read once"):
+        SPPCallback(SPPConfig(metric="taylor"), strategy="epoch", calibration=iter([]))
+    with pytest.raises(CallbackError, match="was registered as a copy"):
+        SPPCallback().register_copy(iter([]))
+    callback = SPPCallback()
+    callback.register_copy([torch.zeros(3)] * 9)
+    with pytest.raises(CallbackError, match="a list of 9 tensors"):
+        trained(tmp_path, callback)

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from ..channels import ChannelGroup, ChannelMap, Member, Refusal
 from ..config import AXES
 from ..errors import UnsupportedArchitectureError, UnsupportedModelError
-from ..structure import inner_model, plain_structure
+from ..structure import check_adapters, inner_model, plain_structure
 from .attention import attention_units
 from .feed_forward import feed_forward_units
 from .index import ModelIndex
@@ -42,7 +42,9 @@ def channel_groups(model: nn.Module) -> ChannelMap:
         UnsupportedModelError: `model` is no transformers model, or its weights are quantized.
         UnsupportedArchitectureError: No structure of the written map occurs in the model.
     """
-    with plain_structure(_checked(inner_model(model))) as plain:
+    inner = _checked(inner_model(model))
+    check_adapters(inner)
+    with plain_structure(inner) as plain:
         return _resolve(ModelIndex(plain))
 
 

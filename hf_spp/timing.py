@@ -52,22 +52,31 @@ class Schedule:
         """Whether there is one reordering at most."""
         return self.strategy in ("train_begin", "train_end")
 
-    def check(self, args: TrainingArguments, state: TrainerState, has_length: bool) -> None:
+    def check(self, args: TrainingArguments, state: TrainerState, batches: int | None) -> None:
         """Refuse a run in which the model would never be put in order.
+
+        Args:
+            args: The settings of the run.
+            state: Its state when it begins.
+            batches: How many batches an epoch has, None if that is not known.
 
         Raises:
             CallbackError: The run is too short, has no evaluations, or its epochs have no known end.
         """
-        longest = {"steps": state.max_steps, "epoch": state.num_train_epochs}.get(self.strategy, self.every)
+        by_epoch = self.strategy == "epoch" or (
+            self.strategy == "evaluate" and args.eval_strategy == IntervalStrategy.EPOCH
+        )
+        if by_epoch and batches is None:
+            raise CallbackError(
+                "The training set has no length, so nothing says in advance when an epoch ends. "
+                "Give SPPCallback(strategy='steps', every=...)."
+            )
+        steps = max(1, -(-(batches or 1) // args.gradient_accumulation_steps))
+        longest = {"steps": state.max_steps, "epoch": state.max_steps // steps}.get(self.strategy, self.every)
         if self.every > longest:
             raise CallbackError(
                 f"SPPCallback(strategy={self.strategy!r}, every={self.every}) would never reorder in a run of "
                 f"{longest} {'steps' if self.strategy == 'steps' else 'epochs'}. Give a smaller every."
-            )
-        if self.strategy == "epoch" and not has_length:
-            raise CallbackError(
-                "The training set has no length, so nothing says in advance when an epoch ends. "
-                "Give SPPCallback(strategy='steps', every=...)."
             )
         if self.strategy == "evaluate" and args.eval_strategy == IntervalStrategy.NO:
             raise CallbackError(
@@ -77,7 +86,8 @@ class Schedule:
 
     def is_evaluated(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> bool:
         """Whether an evaluation follows the step that has just ended."""
-        at_end = args.eval_strategy == IntervalStrategy.EPOCH and _ended_epochs(state) is not None
+        ended = _ended_epochs(state) is not None or state.global_step >= state.max_steps
+        at_end = args.eval_strategy == IntervalStrategy.EPOCH and ended
         return control.should_evaluate or (at_end and args.eval_delay <= (state.epoch or 0))
 
     def is_due(self, state: TrainerState, evaluations: int | None) -> bool:
