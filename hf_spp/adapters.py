@@ -94,9 +94,11 @@ def _check_known(groups: ChannelMap, parts: Mapping[str, tuple[Part, str]]) -> N
     members = {member.tensor for group in groups for member in group.members}
     modules = {name.rpartition(".")[0] for name in members}
     for name, (part, base) in parts.items():
-        inside = base not in members and base.rpartition(".")[0] in modules
+        steps = base.split(".")
+        around = {".".join(steps[:end]) for end in range(1, len(steps))}
+        inside = base not in members and not modules.isdisjoint(around)
         if part.adapter is None:
-            unknown = inside and base.rpartition(".")[2] not in ("weight", "bias")
+            unknown = inside and steps[-1] not in ("weight", "bias")
         else:
             # What is tied to a moved weight has another name there.
             tied = base not in members and "hidden" in groups.axes

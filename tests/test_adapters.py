@@ -12,6 +12,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
     # PEFT takes the vector of lora_B's bias for a part of a matrix.
     pytest.mark.filterwarnings(r"ignore:Adapter 'default'. \d+ LoRA tensor.s. have invalid shape"),
+    pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True` and a tied layer:UserWarning"),
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning"),
 ]
 
@@ -119,12 +120,55 @@ def test_scores_are_those_of_the_merged_model(metric):
     assert all(torch.equal(tensor, weights[key]) for key, tensor in adapted.state_dict().items())
 
 
+def test_tied_weight_moves_under_its_adapter():
+    """The weight has its first name at the embeddings, and the adapter its own at the head."""
+    model = build_model("gpt2").double()
+    assert model.lm_head.weight is model.transformer.wte.weight
+    adapted = adapt(model, target_modules=["lm_head", "c_fc"], fan_in_fan_out=True)
+    inputs = build_inputs(model)
+    before = outputs_of(adapted, inputs)
+    reordering = apply_spp(adapted, SPPConfig(axes=("ffn", "hidden"), metric="random"))
+    assert relative_difference(before, outputs_of(adapted, inputs)) < 1e-10
+    state = {name: one for name, one in adapted.state_dict().items() if "lora_" in name}
+    with pytest.raises(AdapterError, match="weights that are not tied"):
+        reordering.remap_adapter(state, "to_original")
+
+
+@pytest.mark.parametrize("axes", [("ffn", "vo"), ("ffn", "hidden")], ids=str)
+def test_trainable_tokens_move_along(axes):
+    model = build_model("llama", tie_word_embeddings=False).double()
+    adapted = adapt(model, target_modules=["up_proj"], trainable_token_indices=[1, 3])
+    for name, parameter in adapted.named_parameters():
+        if "trainable_tokens_delta" in name:
+            torch.nn.init.normal_(parameter)
+    inputs = build_inputs(model)
+    before = outputs_of(adapted, inputs)
+    weights = {key: tensor.clone() for key, tensor in adapted.state_dict().items()}
+    reordering = apply_spp(adapted, SPPConfig(axes=axes))
+    assert relative_difference(before, outputs_of(adapted, inputs)) < 1e-10
+    state = {name: one for name, one in adapted.state_dict().items() if "lora_" in name or "tokens_delta" in name}
+    back = reordering.remap_adapter(state, "to_original")
+    assert all(torch.equal(one, weights[name]) for name, one in back.items())
+
+
+def ia3(model):
+    return get_peft_model(model, IA3Config(target_modules=["k_proj", "fc2"], feedforward_modules=["fc2"]))
+
+
+def test_adapters_that_are_not_known_are_never_carried():
+    reordering = apply_spp(build_model("vit"))
+    state = {name: one for name, one in ia3(build_model("vit")).state_dict().items() if "ia3" in name}
+    with pytest.raises(AdapterError, match="in a way that is not known"):
+        reordering.remap_adapter(state)
+    model = build_model("vit")
+    model.add_adapter(IA3Config(target_modules=["k_proj", "fc2"], feedforward_modules=["fc2"]))
+    with pytest.raises(UnsupportedModelError, match="of the type peft"):
+        apply_spp(model)
+
+
 def test_other_kinds_of_adapters_are_refused_by_name():
-    adapted = get_peft_model(
-        build_model("vit"), IA3Config(target_modules=["k_proj", "fc2"], feedforward_modules=["fc2"])
-    )
     with pytest.raises(UnsupportedModelError, match="of the type IA3"):
-        apply_spp(adapted)
+        apply_spp(ia3(build_model("vit")))
 
 
 def test_adapter_of_another_model_is_refused():

@@ -500,3 +500,61 @@ def test_crash_between_the_two_files(crash_at, tmp_path, monkeypatch):
     else:
         with pytest.raises(CheckpointError, match="come from different reorderings"):
             Reordering.from_pretrained(tmp_path)
+
+
+def resealed(**changes):
+    """The bytes of an orders file with other metadata, sealed anew, as somebody with bad intent would."""
+    tensors, metadata = checkpoint.unpack_tensors(stored()[1], ORDERS_NAME)
+    metadata = {**metadata, **changes}
+    return checkpoint.pack_tensors(tensors, {**metadata, "sha256": _seal(tensors, metadata)})
+
+
+def with_summary(**changes):
+    _tensors, metadata = checkpoint.unpack_tensors(stored()[1], ORDERS_NAME)
+    return resealed(summary=json.dumps({**json.loads(metadata["summary"]), **changes}))
+
+
+def with_member(*member):
+    _tensors, metadata = checkpoint.unpack_tensors(stored()[1], ORDERS_NAME)
+    groups = json.loads(metadata["groups"])
+    next(iter(groups.values()))[3][0] = list(member)
+    return resealed(groups=json.dumps(groups))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        lambda: resealed(config='{"format_version": 1, "seed": ' + "9" * 5000 + "}"),
+        lambda: resealed(config='{"format_version": 1, "axes": ["nowhere"]}'),
+        lambda: with_summary(tolerance=10**400),
+        lambda: with_summary(max_abs_diff=float("nan")),
+        lambda: with_summary(relative_diff=True),
+        lambda: with_summary(verified="yes"),
+        lambda: with_summary(verified=False),
+        lambda: with_member("w", "c", "producer", [0, 1, 10**30]),
+        lambda: with_member("w", "(c c) i", "producer", None),
+        lambda: with_member("w", "((c) i", "producer", None),
+        lambda: with_member("w", "c " * 4000 + "(", "producer", None),
+        lambda: with_member("w", "c", "ruler", None),
+        lambda: with_member(5, "c", "producer", None),
+        lambda: with_member("w", "c"),
+    ],
+)
+def test_crafted_orders_are_refused(data):
+    assert isinstance(read(data()), (CheckpointError, OrdersError))
+
+
+def test_reorderings_of_other_axes_compose():
+    model = build_model("vit")
+    before = {name: one.clone() for name, one in model.state_dict().items()}
+    first = apply_spp(model, SPPConfig(axes=("ffn",), metric="random"))
+    second = apply_spp(model, SPPConfig(axes=("vo",), metric="random"))
+    both = first.then(second)
+    assert set(both.axes) == {"ffn", "vo"}
+    fresh = build_model("vit")
+    both.apply(fresh)
+    assert all(torch.equal(one, model.state_dict()[name]) for name, one in fresh.state_dict().items())
+    both.undo(fresh)
+    assert all(torch.equal(one, before[name]) for name, one in fresh.state_dict().items())
+    with pytest.raises(OrdersError, match="Compose reorderings of one model"):
+        first.then(apply_spp(build_model("bert")))

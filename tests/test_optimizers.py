@@ -181,3 +181,72 @@ def test_means_of_stacked_experts_move_with_them():
     reordering.apply_to_optimizer(optimizer, model)
     product = state["exp_avg_sq_row"].unsqueeze(-1) * state["exp_avg_sq_col"].unsqueeze(-2)
     assert torch.equal(product, parameter), name
+
+
+class Lookahead(torch.optim.Optimizer):
+    """Slow weights beside those of another optimizer."""
+
+    def __init__(self, inner):
+        self.optimizer = inner
+        super().__init__(inner.param_groups, {})
+
+    def step(self, closure=None):
+        self.optimizer.step()
+
+
+class Preconditioned(torch.optim.SGD):
+    """A matrix between the outputs of each weight, which has the shape of the weight where that is square."""
+
+    def step(self, closure=None):
+        for parameter in self.param_groups[0]["params"]:
+            self.state[parameter]["preconditioner"] = parameter.grad @ parameter.grad.T
+        super().step(closure)
+
+
+def squares(model):
+    return [one for one in model.parameters() if one.dim() == 2 and one.shape[0] == one.shape[1]]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda model: torch.optim.LBFGS(model.parameters()), "keeps its state elsewhere"),
+        (lambda model: Lookahead(torch.optim.AdamW(model.parameters())), "is built around AdamW"),
+        (lambda model: Preconditioned(squares(model), lr=0.1), "which is square"),
+    ],
+    ids=["lbfgs", "lookahead", "square"],
+)
+def test_optimizer_whose_state_means_something_else_is_refused(make, message):
+    model = build_model("vit")
+    optimizer = make(model)
+    model(**build_inputs(model)).loss.backward()
+    optimizer.step(lambda: model(**build_inputs(model)).loss)
+    optimizer.zero_grad()
+    if isinstance(optimizer, Lookahead):
+        optimizer.state[next(model.parameters())] = {}
+    reordering = apply_spp(model, SHUFFLE)
+    with pytest.raises(OptimizerError, match=message):
+        reordering.apply_to_optimizer(optimizer, model)
+
+
+def test_what_is_no_optimizer_is_refused():
+    model = build_model("vit")
+    reordering = apply_spp(model, SHUFFLE)
+    with pytest.raises(OptimizerError, match="a torch optimizer is needed"):
+        reordering.apply_to_optimizer({"state": {}}, model)
+
+
+def test_state_that_did_not_move_is_not_moved_back():
+    model = build_model("vit")
+    optimizer = torch.optim.AdamW(model.parameters())
+    stepped(model, optimizer)
+    reordering = apply_spp(model, SHUFFLE)
+    with pytest.raises(OptimizerError, match="was not moved by this reordering"):
+        reordering.undo(model, optimizer)
+    reordering.undo(model)
+    first = apply_spp(model, SHUFFLE)
+    first.apply_to_optimizer(optimizer, model)
+    apply_spp(model, SPPConfig(metric="random", seed=5))
+    third = apply_spp(model, SPPConfig(metric="random", seed=6))
+    with pytest.raises(OptimizerError, match="has moved with 1 reorderings, and the model with 2"):
+        third.apply_to_optimizer(optimizer, model)

@@ -1,8 +1,10 @@
 """The callback in the middle of training: schedules, checkpoints, adapters and copies."""
 
+import base64
 import copy
 import json
 import pickle
+import zlib
 from pathlib import Path
 
 import pytest
@@ -504,3 +506,37 @@ def test_what_cannot_be_is_refused_before_training(tmp_path):
     callback.register_copy([torch.zeros(3)] * 9)
     with pytest.raises(CallbackError, match="a list of 9 tensors"):
         trained(tmp_path, callback)
+
+
+def test_adapter_with_a_new_head_resumes_in_a_fresh_process(tmp_path):
+    """The head that the trained one replaces is drawn anew, and no checkpoint holds it."""
+    runs = []
+    for seed, source in ((0, None), (1, str(tmp_path / "0" / "checkpoint-6"))):
+        model = build_model("vit")
+        torch.manual_seed(seed)
+        torch.nn.init.normal_(model.classifier.weight, std=0.02 * (1 + seed))
+        torch.manual_seed(0)
+        settings = LoraConfig(r=3, target_modules=["q_proj", "fc1"], modules_to_save=["classifier"])
+        callback = SPPCallback(SHUFFLE, strategy="steps", every=4)
+        trainer = trained(tmp_path / str(seed), callback, model=get_peft_model(model, settings), resume=source)
+        runs.append({name: one for name, one in weights_of(trainer.model).items() if "original_module" not in name})
+    assert all(torch.equal(one, runs[1][name]) for name, one in runs[0].items())
+
+
+def test_model_without_token_embeddings_saves_its_adapter(tmp_path):
+    model = build_model("vit")
+    model.get_input_embeddings = lambda: (_ for _ in ()).throw(NotImplementedError)
+    settings = LoraConfig(r=3, target_modules=["q_proj", "fc1"])
+    trained(tmp_path, SPPCallback(SHUFFLE), model=get_peft_model(model, settings), max_steps=3)
+    assert (tmp_path / "checkpoint-3" / "adapter_model.safetensors").is_file()
+
+
+def test_packed_state_that_would_fill_the_memory_is_refused(tmp_path):
+    trained(tmp_path, SPPCallback(), max_steps=3)
+    path = tmp_path / "checkpoint-3" / STATE_NAME
+    state = json.loads(path.read_text())
+    stored = state["stateful_callbacks"]["SPPCallback"]["attributes"]["stored"]
+    stored["orders"] = base64.b64encode(zlib.compress(b"0" * 100_000_000)).decode()
+    path.write_text(json.dumps(state))
+    with pytest.raises(CallbackError, match="is damaged"):
+        trained(tmp_path / "out", SPPCallback(), resume=path.parent)
