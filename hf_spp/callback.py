@@ -35,12 +35,13 @@ class SPPCallback(TrainerCallback, ExportableState):
     """Keep a model's channels in order while a stock `Trainer` trains it, without changing how it trains.
 
     A reordering happens between two steps and is proved equal as by `apply_spp`. The optimizer's state, adapters and
-    registered copies move along, so the losses are those of a run without the callback. Later reorderings compose with
-    earlier ones: `reordering.undo(model)` always gives the original order.
+    registered copies move along, so without dropout the losses are those of a run without the callback; with it, masks
+    meet other channels, as likely as before. Later reorderings compose with earlier ones: `reordering.undo(model)`
+    gives the order that the model had in the beginning.
 
-    Every saved model has `spp_config.json` and `spp_orders.safetensors` beside it, from the moment it is written. A
-    resumed run takes up the orders of its checkpoint. Evaluation results go into the card `README.md` of the output
-    folder.
+    A whole model is saved with `spp_config.json` and `spp_orders.safetensors` beside it, an adapter for the original
+    base model. A resumed run takes up the orders of its checkpoint. Evaluation results go into the card `README.md` of
+    the output folder.
 
     Args:
         config: What to reorder and how; None means `SPPConfig()`.

@@ -17,7 +17,22 @@ def matrices(model):
     return [one for name, one in model.named_parameters() if one.dim() == 2 and "classifier" not in name]
 
 
+class Lion(torch.optim.Optimizer):
+    """The sign of a moving average of gradients (arXiv:2302.06675)."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {"lr": 1e-3})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for parameter in self.param_groups[0]["params"]:
+            average = self.state[parameter].setdefault("exp_avg", torch.zeros_like(parameter))
+            parameter -= 1e-3 * average.lerp(parameter.grad, 0.1).sign()
+            average.lerp_(parameter.grad, 0.01)
+
+
 OPTIMIZERS = {
+    "lion": lambda model: Lion(model.parameters()),
     "adamw": lambda model: torch.optim.AdamW(model.parameters(), amsgrad=True),
     "sgd": lambda model: torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
     "nadam": lambda model: torch.optim.NAdam(model.parameters()),
