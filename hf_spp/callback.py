@@ -146,17 +146,20 @@ class SPPCallback(TrainerCallback, ExportableState):
         self._live = LiveModel(model, optimizer, self._copies, self.config, calibration, self.example_inputs)
         self._running = (args, state)
         for one in (inner_model(model), model):
-            one.save_pretrained = OrderedSaving(one, self.adapters)
+            if hasattr(type(one), "save_pretrained"):
+                one.save_pretrained = OrderedSaving(one, self.adapters)
         stored = stored_state(state.stateful_callbacks) if state.global_step > 0 else None
         entries: Any = state.stateful_callbacks
         # Trainer counts on an entry, which a checkpoint made without the callback has not.
         entries.setdefault(type(self).__name__, {})
+        if self._made != digest_of(self.reordering):
+            # Another model than the one that this callback had put in order.
+            self._made, self._results = None, {}
+        self._evaluations = 0
         if stored is not None:
             self._resume(args, state, stored)
         else:
             self._live.align_optimizer()
-        if self._made is None or self._made != digest_of(self.reordering):
-            self._made, self._results, self._evaluations = None, {}, 0
         if self.schedule.strategy == "train_begin" and self._made is None:
             self._reorder(args, state, control)
 
@@ -274,9 +277,8 @@ class SPPCallback(TrainerCallback, ExportableState):
         if live is None:
             return
         best = None if stored is None else stored.reordering
-        if args.deepspeed:
-            live.optimizer = None  # its state was loaded with the weights
-        live.bring_along(best)
+        # DeepSpeed has loaded the optimizer's state with the weights.
+        live.bring_along(best, optimizer=not args.deepspeed)
         if stored is None:
             live.take_up(None, None, portable=False)
         else:

@@ -200,9 +200,9 @@ class LiveModel:
             )
         self._settle(target)
 
-    def bring_along(self, target: Reordering | None) -> None:
-        """Bring the optimizer's state and copies from the model's order to another one; the model stays as it is."""
-        self._move_others(self.reordering, target, self.optimizer, self.copies)
+    def bring_along(self, target: Reordering | None, *, optimizer: bool = True) -> None:
+        """Bring copies, and the optimizer's state, from the model's order to another one; the model stays as it is."""
+        self._move_others(self.reordering, target, self.optimizer if optimizer else None, self.copies)
 
     def align_optimizer(self) -> None:
         """Bring the optimizer's state into the model's order, if it is known to be in another one."""

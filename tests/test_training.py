@@ -12,11 +12,13 @@ import torch
 from conftest import build_model, weights_of
 from peft import LoraConfig, PeftModel, get_peft_model
 from test_callback import EXAMPLES, losses, same_weights, trained, trainer_of
+from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import TrainerCallback
 
 from hf_spp import (
     CallbackError,
+    FeedForwardPattern,
     IllegalAxisError,
     OptimizerError,
     Reordering,
@@ -24,6 +26,7 @@ from hf_spp import (
     SPPConfig,
     SPPConfigError,
     apply_spp,
+    register_architecture,
 )
 from hf_spp._compat import accept_checkpoint_names
 from hf_spp.orders_file import ORDERS_NAME
@@ -540,3 +543,42 @@ def test_packed_state_that_would_fill_the_memory_is_refused(tmp_path):
     path.write_text(json.dumps(state))
     with pytest.raises(CallbackError, match="is damaged"):
         trained(tmp_path / "out", SPPCallback(), resume=path.parent)
+
+
+@pytest.mark.parametrize("step", [3, 6, 9])
+def test_count_of_evaluations_is_resumed(step, tmp_path):
+    settings = {"eval_strategy": "steps", "eval_steps": 2}
+    whole = trained(tmp_path / "whole", SPPCallback(SHUFFLE, strategy="evaluate", every=3), **settings)
+    callback = SPPCallback(SHUFFLE, strategy="evaluate", every=3)
+    source = tmp_path / "whole" / f"checkpoint-{step}"
+    resumed = trained(tmp_path / "resumed", callback, resume=source, **settings)
+    assert reordered_at(whole) == reordered_at(resumed) == [6, 12]
+    assert same_weights(whole.model, resumed.model)
+
+
+class Block(nn.Module):
+    """A module of one's own, which Trainer saves by its state dict."""
+
+    def __init__(self):
+        super().__init__()
+        self.widen, self.narrow = nn.Linear(6, 20), nn.Linear(20, 5)
+
+    def forward(self, x, labels):
+        logits = self.narrow(self.widen(x).relu())
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def test_registered_module_of_ones_own_is_trained(tmp_path):
+    register_architecture(Block, FeedForwardPattern(("widen",), "narrow"))
+    torch.manual_seed(0)
+    examples = [{"x": torch.randn(6), "labels": i % 5} for i in range(24)]
+    inputs = {"x": torch.randn(2, 6), "labels": torch.tensor([0, 1])}
+    runs = []
+    for callbacks in ([SPPCallback(SHUFFLE, strategy="steps", every=4, example_inputs=inputs)], []):
+        torch.manual_seed(0)
+        trainer = trainer_of(tmp_path / str(len(callbacks)), *callbacks, model=Block(), eval_strategy="no")
+        trainer.train_dataset = examples
+        trainer.train()
+        runs.append(losses(trainer))
+    assert runs[0] == pytest.approx(runs[1], abs=2e-6)
+    assert (tmp_path / "1" / "checkpoint-12" / ORDERS_NAME).is_file()

@@ -53,7 +53,7 @@ def write_training_card(
             text = update_card_with_evaluation(checkpoint.read_text(path), rows, task=task, model_name=name)
             checkpoint.write_text(path, text)
         return
-    base = model.config._name_or_path
+    base = getattr(getattr(model, "config", None), "_name_or_path", None)
     content = CardContent(
         model_name=name,
         summary=reordering.summary(),
