@@ -1,4 +1,6 @@
-"""The only code that writes weights: gather each tensor once, in place, and vary constant ones for a while."""
+"""The only code that writes weights, shards of them through `processes`: gather each tensor once, in place, and vary
+constant ones for a while.
+"""
 
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
