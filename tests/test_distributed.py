@@ -95,3 +95,17 @@ def test_metrics_that_run_the_model_are_refused_where_it_is_sharded(setup, tmp_p
     callback = {**CALLBACK, "config": {"metric": "activation"}}
     with pytest.raises(AssertionError, match="are divided among processes by FSDP or ZeRO-3"):
         run_training(setup, tmp_path, steps=20, callback=callback)
+
+
+@pytest.mark.parametrize("setup", ["ddp", "fsdp2", "zero2", "zero3"])
+def test_best_model_is_loaded_in_its_order(setup, tmp_path):
+    # Trainer leaves the layers of a ViT unread without the callback; a Llama's have the same names in files.
+    settings = {"save_strategy": "steps", "save_steps": 5, "eval_strategy": "steps", "eval_steps": 5}
+    settings |= {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
+    runs = [
+        run_training(setup, tmp_path / str(number), steps=15, callback=callback, arguments=settings, model="llama")
+        for number, callback in enumerate((None, {**CALLBACK, "every": 4}))
+    ]
+    assert all(run["best"].endswith("checkpoint-5") for run in runs)
+    assert runs[1]["best_loss"] == pytest.approx(runs[0]["best_loss"], abs=1e-5)
+    assert abs(runs[0]["best_loss"] - runs[0]["losses"][-1]) > 1e-3

@@ -52,6 +52,9 @@ def main(settings: dict[str, Any]) -> None:
     trainer.train(resume_from_checkpoint=settings["resume"])
     assert trainer.state.global_step == settings["steps"]
     result = {"losses": trainer.mean_losses(), **check_setup(trainer, settings["setup"])}
+    if trainer.args.load_best_model_at_end:
+        result["best"] = trainer.state.best_model_checkpoint
+        result["best_loss"] = trainer.evaluate()["eval_loss"]
     if trainer.is_world_process_zero():
         Path(settings["output_dir"], "result.json").write_text(json.dumps(result))
 
@@ -93,6 +96,7 @@ def build_trainer(settings: dict[str, Any], *callbacks: TrainerCallback) -> Reco
         model,
         TrainingArguments(settings["output_dir"], **arguments),
         train_dataset=examples,
+        eval_dataset=examples[:GLOBAL_BATCH],
         callbacks=list(callbacks),
     )
 
