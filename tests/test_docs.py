@@ -62,7 +62,9 @@ def test_cards_parse_and_their_plots_exist(card):
 def test_readme_output_is_what_its_code_prints(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     exec(blocks("python")[0], {})
-    shown, printed = blocks("text")[0].splitlines(), capsys.readouterr().out.splitlines()
+    shown = blocks("text")[0].splitlines()
+    # DeepSpeed, where it is installed, greets on the standard output.
+    printed = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("[")]
     assert printed[:-1] == shown[:-1]
     # The figure depends on how the processor rounds.
     assert printed[-1].startswith("  equal function: max|Δ| = ")
