@@ -43,7 +43,8 @@ class OrderedSaving:
             checkpoint.remove_file(Path(save_directory) / ORDERS_NAME)
             checkpoint.remove_file(Path(save_directory) / CONFIG_NAME)
         if reordering is not None and saves_portable(self.model, self.adapters):
-            state = kwargs.pop("state_dict", None) or self.model.state_dict()
+            state = kwargs.pop("state_dict", None)
+            state = self.model.state_dict() if state is None else state
             return save(save_directory, *args, **kwargs, state_dict=self._in_original_order(state, reordering))
         result = save(save_directory, *args, **kwargs)
         if writes and reordering is not None:
@@ -110,6 +111,6 @@ def _embeddings(model: Any) -> list[torch.nn.Module]:
     for find in (model.get_input_embeddings, model.get_output_embeddings):
         try:
             found.append(find())
-        except (AttributeError, NotImplementedError):
+        except (AttributeError, NotImplementedError):  # how transformers says that a model of images or sound has none
             continue
     return [end for end in found if end is not None]

@@ -88,10 +88,9 @@ def plain_structure(model: nn.Module) -> Iterator[Any]:
     try:
         while waiting:
             module = waiting.pop()
-            original = _class_before_sharding(module)
-            if original is not None:
+            if plain_class(module) is not type(module):
                 classes.append((module, type(module)))
-                module.__class__ = original
+                module.__class__ = plain_class(module)
             for name, parameter in module._parameters.items():
                 if parameter is not None and hasattr(parameter, "ds_shape"):
                     parameters.append((module._parameters, name, parameter))
@@ -155,9 +154,16 @@ def reshard(model: nn.Module) -> None:
             parameter.partition()
 
 
+def plain_class(module: nn.Module) -> type[nn.Module]:
+    """A module's own class; torch makes one of it and of FSDP's when it shards the module."""
+    fsdp = _fsdp_class()
+    return type(module).__mro__[2] if fsdp is not None and isinstance(module, fsdp) else type(module)
+
+
 def tuner_layers(model: nn.Module) -> list[Any]:
     """The layers that PEFT has put in the place of others."""
-    return [module for module in model.modules() if isinstance(module, _peft_classes()[0])]
+    layers, *_ = _peft_classes()
+    return [module for module in model.modules() if isinstance(module, layers)]
 
 
 def _plain_child(module: nn.Module) -> nn.Module:
@@ -183,14 +189,6 @@ def _peft_classes() -> tuple[Any, Any, Any]:
     tuners, other = sys.modules.get("peft.tuners.tuners_utils"), sys.modules.get("peft.utils.other")
     wrappers = getattr(other, "ModulesToSaveWrapper", ()), getattr(other, "AuxiliaryTrainingWrapper", ())
     return getattr(tuners, "BaseTunerLayer", ()), *wrappers
-
-
-def _class_before_sharding(module: nn.Module) -> type[nn.Module] | None:
-    fsdp = _fsdp_class()
-    if fsdp is None or not isinstance(module, fsdp):
-        return None
-    # torch makes a class of the two when it shards a module.
-    return type(module).__mro__[2]
 
 
 def _fsdp_class() -> Any:

@@ -23,7 +23,7 @@ from .processes import agree, check_agreed
 from .proof import Proof, Witness, default_tolerance, places_of
 from .reordering import Reordering, check_writable, history_of, remember
 from .saliency import check_finite, weight_scores
-from .structure import inner_model, is_sharded
+from .structure import inner_model, is_sharded, plain_class
 from .version import __version__
 
 logger = logging.get_logger(__name__)
@@ -126,9 +126,9 @@ def plan(
         together: Whether all processes of a distributed run plan at once, so that all take the scores of the first.
     """
     with effective_weights(model) as merged:
-        _check_finite(merged, groups, config)
 
         def score() -> dict[str, Tensor]:
+            _check_finite(merged, groups, config)
             return _score(merged, named_tensors(merged), groups, config, calibration)
 
         scores = agree(score) if together else score()
@@ -170,7 +170,7 @@ def carry_out(
             proof,
             tolerance,
             model_type_of(inner),
-            type(inner).__name__,
+            plain_class(inner).__name__,
             str(next(inner.parameters()).dtype).removeprefix("torch."),
             _versions(),
         )

@@ -4,6 +4,8 @@ import pytest
 import torch
 from launching import run_training
 
+from hf_spp import Reordering
+
 pytestmark = pytest.mark.distributed
 
 STEPS = 60
@@ -46,6 +48,8 @@ def test_ddp_with_adapters(tmp_path):
 
 def test_fsdp2(tmp_path):
     moved, left, found = differences("fsdp2", tmp_path, dtype="float64", control=True)
+    # FSDP gives the model another class while it is sharded.
+    assert Reordering.from_pretrained(tmp_path / "moved").model_class == "ViTForImageClassification"
     assert found["dtensor"]
     assert moved <= 1e-10
     assert left >= 1e-4

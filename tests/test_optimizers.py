@@ -178,6 +178,7 @@ def test_state_that_is_the_same_for_all_channels_stays(value):
     optimizer = Odd(model.parameters(), lambda p: value)
     stepped(model, optimizer)
     apply_spp(model, SHUFFLE).apply_to_optimizer(optimizer, model)
+    assert all(state["odd"] is value for state in optimizer.state.values())
 
 
 def test_means_of_stacked_experts_move_with_them():

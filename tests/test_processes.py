@@ -1,9 +1,14 @@
+import weakref
+
 import pytest
 import torch
+from conftest import build_model
 from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.multiprocessing.spawn import spawn
 
-from hf_spp import RanksDisagreeError
+from hf_spp import RanksDisagreeError, SPPConfig, apply, apply_spp, saliency
 from hf_spp.processes import agree, check_agreed, is_plain_tensor, is_whole, whole
 
 
@@ -33,10 +38,37 @@ def run(rank, file, case):
     elif case == "values":
         with pytest.raises(RanksDisagreeError, match="hold different orders"):
             check_agreed("orders", {"a": values})
+    elif case == "memory":
+        move_shards()
     distributed.destroy_process_group()
 
 
+def move_shards():
+    """Reorder a model that FSDP2 has divided, and look how many of its tensors are whole at a time."""
+    model, expected = build_model("vit").double(), build_model("vit").double()
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    alive, most = [], 0
+
+    def watched(tensor):
+        nonlocal most
+        found = whole(tensor)
+        if not is_whole(tensor):
+            alive.append(weakref.ref(found))
+            most = max(most, sum(one() is not None for one in alive))
+        return found
+
+    for module in (apply, saliency):
+        module.whole = watched
+    config = SPPConfig(axes=("qk", "vo", "heads", "ffn", "hidden"), metric="l1")
+    apply_spp(model, config)
+    apply_spp(expected, config)
+    assert len(alive) > 20
+    assert most == 1
+    for name, parameter in expected.named_parameters():
+        assert torch.equal(model.get_parameter(name).full_tensor(), parameter)
+
+
 @pytest.mark.distributed
-@pytest.mark.parametrize("case", ["rounding", "shapes", "failure", "values"])
+@pytest.mark.parametrize("case", ["rounding", "shapes", "failure", "values", "memory"])
 def test_two_processes_agree_or_both_stop(case, tmp_path):
     spawn(run, (str(tmp_path / "store"), case), nprocs=2)

@@ -43,7 +43,7 @@ def write_training_card(
         results: Metrics of each data set that was evaluated.
         seed: Seed of the run.
     """
-    path, task, name = folder / CARD_NAME, task_of_class(type(model).__name__), name.split("/")[-1]
+    path, task, name = folder / CARD_NAME, task_of_class(reordering.model_class), name.split("/")[-1]
     rows = [
         {"dataset": dataset, "method": "spp", "seed": seed, "metrics": dict(metrics)}
         for dataset, metrics in results.items()
