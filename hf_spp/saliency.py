@@ -103,11 +103,17 @@ def check_finite(tensors: Mapping[str, Tensor], seen: Collection[str] = ()) -> N
         NonFiniteWeightsError: A weight is NaN or infinite.
     """
     for name, tensor in tensors.items():
-        # A sum is cheap and finite unless a weight is not, or all are huge.
-        if name not in seen and not bool((values := whole(tensor)).sum().isfinite()):
-            finite = values.isfinite().flatten()
-            if not bool(finite.all()):
-                raise _not_finite(name, int((~finite).nonzero()[0]))
+        place = None if name in seen else _first_not_finite(whole(tensor))
+        if place is not None:
+            raise _not_finite(name, place)
+
+
+def _first_not_finite(values: Tensor) -> int | None:
+    # A sum is cheap and finite unless a weight is not, or all are huge.
+    if bool(values.sum().isfinite()):
+        return None
+    places = (~values.isfinite().flatten()).nonzero()
+    return int(places[0]) if len(places) else None
 
 
 def _not_finite(name: str, place: int) -> NonFiniteWeightsError:
