@@ -21,6 +21,7 @@ from .errors import (
     RanksDisagreeError,
     SPPConfigError,
     SPPError,
+    SubnetworkError,
     UnsupportedArchitectureError,
     UnsupportedModelError,
 )
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from .comparison.evaluation import compare_methods
     from .config import SPPConfig
     from .reordering import Reordering
+    from .subnetworks import SubnetworkSpec, extract_subnetwork, subnetwork_view
     from .transform import apply_spp
 
 __all__ = [
@@ -62,13 +64,17 @@ __all__ = [
     "SPPConfig",
     "SPPConfigError",
     "SPPError",
+    "SubnetworkError",
+    "SubnetworkSpec",
     "UnsupportedArchitectureError",
     "UnsupportedModelError",
     "__version__",
     "apply_spp",
     "channel_groups",
     "compare_methods",
+    "extract_subnetwork",
     "register_architecture",
+    "subnetwork_view",
 ]
 
 # What needs torch is imported when it is first used, so that the command line answers at once.
@@ -82,10 +88,13 @@ _HOMES = {
     "Reordering": "reordering",
     "SPPCallback": "callback",
     "SPPConfig": "config",
+    "SubnetworkSpec": "subnetworks",
     "apply_spp": "transform",
     "channel_groups": "architectures",
     "compare_methods": "comparison.evaluation",
+    "extract_subnetwork": "subnetworks",
     "register_architecture": "architectures",
+    "subnetwork_view": "subnetworks",
 }
 
 

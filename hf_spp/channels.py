@@ -101,6 +101,7 @@ class ChannelGroup:
         size: Channels in each block.
         members: Every tensor dimension that moves.
         parent: Name of the group whose channels are this group's blocks, when those can move as well.
+        owners: Paths of the modules whose code counts the channels; none where the group comes from a file.
     """
 
     name: str
@@ -110,6 +111,7 @@ class ChannelGroup:
     size: int
     members: tuple[Member, ...]
     parent: str | None = None
+    owners: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def channels(self) -> int:

@@ -75,3 +75,7 @@ class AdapterError(SPPError, ValueError):
 
 class RanksDisagreeError(SPPError, RuntimeError):
     """The processes of a run would have reordered the model in different ways; nothing was moved."""
+
+
+class SubnetworkError(SPPError, ValueError):
+    """A sub-network cannot be cut as asked: a width that the model does not have, a budget that is too small."""

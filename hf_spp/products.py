@@ -68,9 +68,10 @@ class InnerFlows(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Args:
         owners: The modules of each parameter.
         tensors: Names of the parameters.
+        flow: Makes what adds up the features that a parameter is multiplied with.
     """
 
-    def __init__(self, owners: Owners, tensors: Collection[str]) -> None:
+    def __init__(self, owners: Owners, tensors: Collection[str], flow: Callable[[], Any] = Flow) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.mask: Tensor | None = None
         """Which tokens of the batch are no padding, `[batch, tokens]`."""
@@ -79,7 +80,8 @@ class InnerFlows(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for name in tensors:
             for owner in owners.of(name):
                 self._owned.setdefault(owner, []).append(name)
-        self._read: dict[_Part, Flow] = {}
+        self._flow = flow
+        self._read: dict[_Part, Any] = {}
         self._written: dict[tuple[str, int], Flow] = {}
         self._tokens = dict.fromkeys(tensors, 0)
         # Of the run that is going on: the owner's parameters, and which rows are no padding.
@@ -155,6 +157,16 @@ class InnerFlows(TorchDispatchMode):  # type: ignore[no-untyped-call]
         flows = [flow for (name, _), flow in sorted(self._written.items()) if name == member.tensor]
         return torch.cat([flow.energy for flow in flows]) if flows else None
 
+    def seen(self, member: Member) -> Iterator[tuple[list[int], Any]]:
+        """What parts of a stacked parameter read over a member's channels: the entries of the stack, and the flow."""
+        parameter = self._parameters[member.tensor]
+        length, step = parameter.shape[member.dim], parameter.stride(member.dim)
+        for part, flow in self._read.items():
+            places = part.places(0)
+            channels = places // step % length
+            if part.tensor == member.tensor and channels.equal(part.places(part.shape[-1] - 1) // step % length):
+                yield sorted(set((places // parameter.stride(0)).flatten().tolist())), flow
+
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function in _PRODUCTS:
             left, right = args[_PRODUCTS[function] :][:2]
@@ -176,7 +188,7 @@ class InnerFlows(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if self._rows is not None and features.shape[-2] == len(self._rows):
                 features = features[..., self._rows.to(features.device), :]
             part = _Part(name, tuple(weights.shape), weights.stride(), int(start))
-            self._read.setdefault(part, Flow()).add(features)
+            self._read.setdefault(part, self._flow()).add(features)
 
     def _run_experts(self, owner: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run experts under watch; as they treat tokens one by one, padding is not counted by leaving it away."""

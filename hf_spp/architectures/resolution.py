@@ -7,6 +7,7 @@ module with a parameter that the pattern does not explain is refused with the re
 import re
 from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -70,7 +71,7 @@ def _resolve(index: ModelIndex) -> ChannelMap:
             )
     units: list[AttentionUnit | FeedForwardUnit] = [*attentions, *feed_forwards]
     for unit in units:
-        groups += unit.groups(index)
+        groups += [replace(group, owners=unit.owners) for group in unit.groups(index)]
         refused += [
             Refusal(axis, index.short(unit.path), reason) for axis, reason in {**unit.notes, **unit.refused}.items()
         ]
@@ -110,9 +111,8 @@ def _merge_ties(groups: list[ChannelGroup]) -> list[ChannelGroup]:
     for group in groups:
         first = merged.get(group.name)
         members = group.members if first is None else (*first.members, *group.members)
-        merged[group.name] = ChannelGroup(
-            group.name, group.axis, group.layer, group.blocks, group.size, members, group.parent
-        )
+        owners = group.owners if first is None else (*first.owners, *group.owners)
+        merged[group.name] = replace(group, members=members, owners=owners)
     return list(merged.values())
 
 
@@ -147,7 +147,7 @@ def _finish(index: ModelIndex, group: ChannelGroup, names: set[str]) -> ChannelG
         name = index.first_name(member.tensor)
         members[(name, member.pattern, member.span)] = Member(name, member.pattern, member.role, member.span)
     parent = group.parent if group.parent in names else None
-    return ChannelGroup(group.name, group.axis, group.layer, group.blocks, group.size, tuple(members.values()), parent)
+    return replace(group, members=tuple(members.values()), parent=parent)
 
 
 def _summarize(refused: list[Refusal]) -> tuple[Refusal, ...]:

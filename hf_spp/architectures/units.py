@@ -65,6 +65,11 @@ class AttentionUnit:
     rotates_apart: bool = False
     notes: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def owners(self) -> tuple[str, ...]:
+        """Modules whose code counts the heads."""
+        return tuple(dict.fromkeys((self.owner, self.path, *self.scope)))
+
     def stream_features(self) -> list[Feature]:
         """Where its projections read and write the residual stream `s`."""
         read = [feature for one in self.readers for feature in one.consume("s")]
@@ -133,6 +138,11 @@ class FeedForwardUnit:
     stacked: list[Feature] = field(default_factory=list)
     beside: tuple[str, ...] = ()
     notes: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def owners(self) -> tuple[str, ...]:
+        """Modules whose code counts the neurons."""
+        return (self.path,)
 
     def stream_features(self) -> list[Feature]:
         """Where its projections read and write the residual stream `s`."""

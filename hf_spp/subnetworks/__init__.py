@@ -1,0 +1,6 @@
+"""Smaller models from one reordered checkpoint: what to keep, cutting it out, and making up for what is gone."""
+
+from .extraction import extract_subnetwork, subnetwork_view
+from .spec import SubnetworkSpec
+
+__all__ = ["SubnetworkSpec", "extract_subnetwork", "subnetwork_view"]

@@ -1,0 +1,327 @@
+"""Compensation: refitting the projection behind cut channels, so that it writes what the uncut one wrote.
+
+Layer after layer, with what the already cut model gives it, a projection is fitted by ridge least squares to the outputs
+of the uncut model on unlabelled data. The fit is in closed form, pulled towards the weights that were there, so that
+without data it is the plain slice.
+
+Reference:
+    Least-squares reconstruction behind pruned channels: He, Zhang and Sun, arXiv:1707.06168.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
+
+from ..channels import ChannelMap, Member
+from ..errors import CalibrationError
+from ..forward import evaluation_mode, fixed_rng, run_model, unfused
+from ..products import InnerFlows
+from ..watch import Owners, token_mask, unpadded
+from .lockstep import SteppedRun, stopping
+from .widths import Kept, Widths
+
+logger = logging.get_logger(__name__)
+
+RIDGE = 0.01
+# Running passes of all batches are held between two layers up to this size; beyond, batches run again for each layer.
+_HELD_BYTES = 1 << 30
+# What a suspended pass holds, in terms of the features that its next layer reads.
+_HELD_TIMES = 6
+_ROUTED = re.compile(r"(^|\.)experts\.")
+
+
+class Gram:
+    """Sums for a least-squares fit: products of features with themselves and with targets, float64.
+
+    Memory is that of the sums, whatever the number of tokens.
+    """
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.products: Tensor | None = None
+        self.sums: Tensor | None = None
+        self.with_targets: Tensor | None = None
+        self.target_sums: Tensor | None = None
+
+    def add(self, features: Tensor, targets: Tensor | None = None) -> None:
+        """Add tokens: features `[..., tokens, features]`, and what is to be written for them, `[tokens, outputs]`."""
+        features = features.double()
+        self.tokens += features.shape[-2]
+        self.products = _plus(self.products, features.mT @ features)
+        self.sums = _plus(self.sums, features.sum(-2))
+        if targets is not None:
+            targets = targets.double()
+            self.with_targets = _plus(self.with_targets, features.mT @ targets)
+            self.target_sums = _plus(self.target_sums, targets.sum(-2))
+
+
+@dataclass(frozen=True)
+class _Moments:
+    """Means over tokens: of products of features, and of features with targets; and the means of both themselves.
+
+    Without an intercept the products are not centred, and the means are zero.
+    """
+
+    features: Tensor
+    with_targets: Tensor
+    mean: Tensor
+    target_mean: Tensor
+
+    @classmethod
+    def of(cls, gram: Gram, *, intercept: bool) -> "_Moments":
+        """Moments of features and targets that were seen together."""
+        assert gram.products is not None and gram.sums is not None
+        assert gram.with_targets is not None and gram.target_sums is not None
+        mean, target_mean = gram.sums / gram.tokens, gram.target_sums / gram.tokens
+        if not intercept:
+            mean, target_mean = torch.zeros_like(mean), torch.zeros_like(target_mean)
+        return cls(
+            gram.products / gram.tokens - mean.unsqueeze(1) * mean,
+            gram.with_targets / gram.tokens - mean.unsqueeze(1) * target_mean,
+            mean,
+            target_mean,
+        )
+
+    @classmethod
+    def of_uncut(cls, gram: Gram, kept: Tensor, weight: Tensor, bias: Tensor | None, entry: int | None) -> "_Moments":
+        """Moments of the kept features, and of what the uncut projection `[features, outputs]` writes from all."""
+        assert gram.products is not None and gram.sums is not None
+        products, sums = (gram.products, gram.sums) if entry is None else (gram.products[entry], gram.sums[entry])
+        mean = sums / gram.tokens if bias is not None else torch.zeros_like(sums)
+        covariance = products / gram.tokens - mean.unsqueeze(1) * mean
+        weight, kept = weight.to(covariance), kept.to(covariance.device)
+        offset = 0 if bias is None else bias.to(covariance)
+        return cls(covariance[kept][:, kept], covariance[kept] @ weight, mean[kept], mean @ weight + offset)
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A projection behind cut channels.
+
+    Attributes:
+        tensor: Name of its weight.
+        path: Path of its module.
+        member: How the cut channels lie in it.
+        kept: The inputs that it keeps.
+        routed: Whether tokens are routed to it, so that the two models give it different ones.
+    """
+
+    tensor: str
+    path: str
+    member: Member
+    kept: Tensor
+    routed: bool
+
+
+@torch.no_grad()
+def compensate(
+    model: Any,
+    small: Any,
+    groups: ChannelMap,
+    widths: Widths,
+    kept: Kept,
+    batches: Sequence[Mapping[str, Any]],
+    *,
+    ridge: float = RIDGE,
+    held_bytes: int = _HELD_BYTES,
+) -> tuple[str, ...]:
+    """Refit every projection of a cut model that reads channels of which some are gone, in place.
+
+    Args:
+        model: The uncut model.
+        small: The cut model, with the same names.
+        groups: Channel groups of the uncut model.
+        widths: Channels kept in each block, by name of the groups that are cut.
+        kept: Places that stay in each tensor of the uncut model.
+        batches: Dict batches of forward arguments, without labels.
+        ridge: Pull towards the plain slice, as a share of the mean variance of what a projection reads.
+        held_bytes: How much of suspended passes may be held; more data than that runs again for each layer.
+
+    Returns:
+        Names of the tensors that were refitted.
+
+    Raises:
+        CalibrationError: There is no batch, or the model does not run on one.
+    """
+    projections = _projections(model, groups, widths, kept)
+    if not batches:
+        raise CalibrationError(
+            "The calibration data holds no batch; compensation needs at least one. Give a non-empty iterable of dict "
+            "batches, or compensate=False."
+        )
+    with ExitStack() as stack:
+        for one in (model, small):
+            stack.enter_context(evaluation_mode(one))
+            stack.enter_context(unfused(one))
+        stack.enter_context(fixed_rng(model, 0))
+        calls = _calls(model, projections, batches[0])
+        alone = [one for one in projections if one.routed or calls[one.path] > 1]
+        in_turn = [one for one in projections if not one.routed and calls[one.path] == 1]
+        order = list(calls)
+        in_turn.sort(key=lambda one: order.index(one.path))
+        changed = _fit_alone(model, small, alone, batches, ridge) if alone else []
+        changed += _fit_in_turn(model, small, in_turn, batches, ridge, held_bytes)
+    idle = [one.path for one in projections if not one.routed and not calls[one.path]]
+    if idle:
+        logger.warning(
+            f"The calibration data reaches no {', '.join(idle[:3])}{', …' if len(idle) > 3 else ''}: there the slice is "
+            "not compensated. Give batches that run this part of the model."
+        )
+    return tuple(dict.fromkeys(changed))
+
+
+def _projections(model: Any, groups: ChannelMap, widths: Widths, kept: Kept) -> list[Projection]:
+    found: dict[str, Projection] = {}
+    owners = Owners(model)
+    for group in groups:
+        if group.name not in widths or group.axis not in ("ffn", "heads", "vo"):
+            continue
+        for member in group.members:
+            if member.role == "consumer" and member.tensor in kept:
+                routed = member.stacked or bool(_ROUTED.search(member.tensor))
+                path = member.tensor.rpartition(".")[0]
+                linear = isinstance(model.get_submodule(path), (nn.Linear, Conv1D))
+                if member.stacked or (linear and owners.are_plain(member.tensor)):
+                    found[member.tensor] = Projection(
+                        member.tensor, path, member, kept[member.tensor][member.dim], routed
+                    )
+                else:
+                    kind = type(model.get_submodule(path)).__name__
+                    logger.warning(f"{member.tensor} of a {kind} is cut and not compensated: it is no linear layer.")
+    return list(found.values())
+
+
+def _calls(model: Any, projections: Iterable[Projection], batch: Mapping[str, Any]) -> Counter[str]:
+    """How often each projection runs in one forward pass, in the order of their first calls."""
+    calls: Counter[str] = Counter()
+    layers = {model.get_submodule(one.path): one.path for one in projections}
+    handles = [
+        layer.register_forward_pre_hook(lambda _, args, path=path: calls.update([path]))
+        for layer, path in layers.items()
+    ]
+    try:
+        run_model(model, batch)
+    except Exception as error:  # whatever a forward raises only means that the batch does not suit it
+        raise CalibrationError(
+            f"{type(model).__name__} does not run on the calibration batch with the arguments {sorted(batch)}: {error}. "
+            "Give dict batches of forward arguments."
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def _fit_in_turn(
+    model: Any,
+    small: Any,
+    projections: Sequence[Projection],
+    batches: Sequence[Mapping[str, Any]],
+    ridge: float,
+    held_bytes: int,
+) -> list[str]:
+    """Refit projections one after another, each on what the model gives it whose earlier ones are refitted."""
+    paths = tuple(one.path for one in projections)
+    runs = [(SteppedRun(model, batch), SteppedRun(small, batch)) for batch in batches]
+    changed: list[str] = []
+    try:
+        with stopping(model, paths, reads=False), stopping(small, paths, reads=True):
+            for stop, projection in enumerate(logging.tqdm(projections, desc="Compensating", leave=False)):
+                gram = Gram()
+                for uncut, cut in runs:
+                    _, targets = uncut.reach(stop)
+                    _, features = cut.reach(stop)
+                    gram.add(features, targets)
+                    if features.nbytes * len(runs) * _HELD_TIMES > held_bytes:
+                        uncut.close()
+                        cut.close()
+                layer = small.get_submodule(projection.path)
+                changed += _refit(layer, projection.path, _Moments.of(gram, intercept=layer.bias is not None), ridge)
+    finally:
+        for pair in runs:
+            for run in pair:
+                run.close()
+    return changed
+
+
+def _fit_alone(
+    model: Any, small: Any, projections: Sequence[Projection], batches: Sequence[Mapping[str, Any]], ridge: float
+) -> list[str]:
+    """Refit projections on what the uncut model gives them: experts, and layers that run several times."""
+    grams = {one.path: Gram() for one in projections if one.tensor.endswith(".weight")}
+    stacked = [one for one in projections if one.path not in grams]
+    inner = InnerFlows(Owners(model), [one.tensor for one in stacked], flow=Gram)
+    mask: list[Tensor | None] = [None]
+    handles = [
+        model.get_submodule(path).register_forward_pre_hook(
+            lambda _, args, gram=gram: gram.add(unpadded(args[0], mask[0]))
+        )
+        for path, gram in grams.items()
+    ]
+    try:
+        with inner.attached():
+            for batch in logging.tqdm(batches, desc="Compensating (experts)", leave=False):
+                mask[0] = inner.mask = token_mask(model, batch)
+                run_model(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    changed = []
+    for one in projections:
+        if one.path in grams and grams[one.path].tokens:
+            uncut = model.get_submodule(one.path)
+            weight = _inputs_first(uncut, uncut.weight)
+            moments = _Moments.of_uncut(grams[one.path], one.kept, weight, uncut.bias, None)
+            changed += _refit(small.get_submodule(one.path), one.path, moments, ridge)
+        for entries, gram in inner.seen(one.member) if one in stacked else ():
+            # Matrices of experts, `[neurons, outputs]`.
+            cut, whole = (owner.get_parameter(one.tensor).movedim(one.member.dim, 1) for owner in (small, model))
+            for place, entry in enumerate(entries):
+                moments = _Moments.of_uncut(gram, one.kept, whole[entry], None, place if len(entries) > 1 else None)
+                cut[entry].copy_(_solve(moments, cut[entry].to(moments.features), ridge))
+            changed.append(one.tensor)
+    return changed
+
+
+def _refit(layer: Any, path: str, moments: _Moments, ridge: float) -> list[str]:
+    """Write the weights, and the bias if there is one, that fit best; the names of what was written."""
+    weight = _inputs_first(layer, layer.weight)
+    fitted = _solve(moments, weight.to(moments.features), ridge)
+    weight.copy_(fitted)
+    if layer.bias is None:
+        return [f"{path}.weight"]
+    layer.bias.copy_(moments.target_mean - moments.mean @ fitted)
+    return [f"{path}.weight", f"{path}.bias"]
+
+
+def _inputs_first(layer: nn.Module, weight: Tensor) -> Tensor:
+    """A view of a linear layer's weight as `[inputs, outputs]`."""
+    return weight if isinstance(layer, Conv1D) else weight.T
+
+
+def _solve(moments: _Moments, before: Tensor, ridge: float) -> Tensor:
+    """The weights `[features, outputs]` of the least squares, pulled towards those before.
+
+    The ridge grows until the matrix is positive definite in float64.
+    """
+    covariance = moments.features
+    scale = covariance.diagonal().mean().clamp_min(1e-30)
+    missing = moments.with_targets - covariance @ before
+    identity = torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
+    while True:
+        factor, failed = torch.linalg.cholesky_ex(covariance + ridge * scale * identity)
+        if not bool(failed):
+            return before + torch.cholesky_solve(missing, factor)
+        ridge = max(10 * ridge, 1e-12)
+
+
+def _plus(total: Tensor | None, addend: Tensor) -> Tensor:
+    return addend if total is None else total.add_(addend)

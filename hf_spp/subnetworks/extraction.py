@@ -1,0 +1,270 @@
+"""Sub-networks as models of their own, and as views of the model that they are cut from."""
+
+import copy
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..architectures import channel_groups, model_type_of
+from ..channels import ChannelGroup, ChannelMap
+from ..errors import CalibrationError, SPPError, SubnetworkError
+from ..orders_file import ORDERS_NAME
+from ..reordering import Reordering, check_writable, total_of
+from ..structure import inner_model, is_sharded, tuner_layers
+from .compensation import compensate as refit
+from .costs import tensors_of
+from .edits import Edits, find_edits, narrowed_model
+from .spec import SubnetworkSpec
+from .stock import query_factors, stock_model
+from .widths import Kept, Widths, kept_places, narrowed
+
+# What a sub-network was cut from, on the model.
+_RECORD = "_spp_subnetwork"
+
+
+@dataclass(frozen=True)
+class SubnetworkRecord:
+    """How a model was cut out of another one.
+
+    Attributes:
+        spec: The spec.
+        widths: Channels kept in each block, by name of the groups that were cut.
+        model_type: Model type of both.
+        model_class: Class of both.
+        reason: Why no stock config states the widths; None where one does.
+        compensated: Names of the tensors that were refitted.
+    """
+
+    spec: SubnetworkSpec
+    widths: Widths
+    model_type: str
+    model_class: str
+    reason: str | None
+    compensated: tuple[str, ...]
+
+
+def extract_subnetwork(
+    model: PreTrainedModel,
+    spec: SubnetworkSpec,
+    *,
+    calibration: Iterable[Mapping[str, Any]] | None = None,
+    compensate: bool | None = None,
+    allow_unordered: bool = False,
+) -> Any:
+    """Cut a smaller model out of a reordered one.
+
+    The result is a model of the same class with its own memory. It computes what the model computes with the cut
+    channels masked to zero, or with `compensate` comes closer to the whole model than that. Where a stock config can
+    state its sizes it has that config, and `AutoModel.from_pretrained` loads what it saves; elsewhere
+    `hf_spp.load_subnetwork` does.
+
+    Args:
+        model: The model; it stays as it is.
+        spec: Which channels to keep.
+        calibration: Any iterable of dict batches of forward arguments; labels are not used.
+        compensate: Whether to refit the projections behind cut channels on the calibration data, by ridge least
+            squares. None means yes when calibration data is given.
+        allow_unordered: Whether to cut a model that was never reordered without a warning.
+
+    Returns:
+        The smaller model, in the same mode, dtype and on the same device.
+
+    Raises:
+        SubnetworkError: The spec does not fit the model, or the model cannot be cut so.
+        CalibrationError: Compensation is asked for and there is no calibration data that works.
+        UnsupportedModelError: The model is quantized, or its weights hold no values.
+    """
+    batches = _batches(calibration, compensate)
+    groups, widths = _settle(model, spec, allow_unordered)
+    check_writable(model)
+    small, kept, reason = cut_out(model, groups, widths)
+    compensated: tuple[str, ...] = ()
+    if batches is not None and widths:
+        compensated = refit(model, small, groups, widths, kept, batches)
+    record = SubnetworkRecord(spec, widths, model_type_of(model), type(model).__name__, reason, compensated)
+    setattr(small, _RECORD, record)
+    return small
+
+
+def record_of(model: Any) -> SubnetworkRecord | None:
+    """How a model was cut out of another one, None if it was not."""
+    record: SubnetworkRecord | None = getattr(model, _RECORD, None)
+    return record
+
+
+@contextmanager
+def subnetwork_view(model: Any, spec: SubnetworkSpec, *, allow_unordered: bool = False) -> Iterator[Any]:
+    """Run a model at a smaller width inside the block, on the memory of its own weights.
+
+    Weights are narrowed without a copy where the kept channels lie in one run, as neurons and heads do in separate
+    projections; those of fused projections and of rows inside heads are joined, which copies them. Gradients reach the
+    whole weights in all cases. Afterwards the model is as before.
+
+    Call the backward pass inside the block where activations are checkpointed, and step the optimizer outside of it.
+
+    Args:
+        model: The model.
+        spec: Which channels to keep.
+        allow_unordered: Whether to cut a model that was never reordered without a warning.
+
+    Raises:
+        SubnetworkError: The spec does not fit the model, or the model cannot be cut so.
+    """
+    inner = inner_model(model)
+    edits = _view_edits(inner, spec, allow_unordered)
+    with narrowed_model(inner, edits):
+        yield model
+
+
+# Finding out what a view changes takes longer than changing it.
+_VIEWS: "WeakKeyDictionary[nn.Module, dict[Any, Edits]]" = WeakKeyDictionary()
+
+
+def _view_edits(model: Any, spec: SubnetworkSpec, allow_unordered: bool) -> Edits:
+    known = _VIEWS.setdefault(model, {})
+    shapes = tuple(tuple(parameter.shape) for parameter in model.parameters())
+    key = (repr(spec), shapes)
+    if key not in known:
+        groups, widths = _settle(model, spec, allow_unordered)
+        known[key] = find_edits(model, groups, widths)
+    return known[key]
+
+
+def _settle(model: Any, spec: SubnetworkSpec, allow_unordered: bool) -> tuple[ChannelMap, dict[str, int]]:
+    """The groups of a model and the widths of a spec there, once the model may be cut."""
+    if not isinstance(spec, SubnetworkSpec):
+        raise SubnetworkError(f"spec is {spec!r}; a SubnetworkSpec is needed. Give SubnetworkSpec(ffn=0.5, heads=0.5).")
+    groups = channel_groups(model)
+    if tuner_layers(inner_model(model)):
+        raise SubnetworkError(
+            f"{type(inner_model(model)).__name__} holds adapters, which add to weights at their full width. Merge them "
+            "(merge_and_unload) before it is cut."
+        )
+    if is_sharded(inner_model(model)):
+        raise SubnetworkError(
+            f"The weights of {type(inner_model(model)).__name__} are divided among processes by FSDP or ZeRO-3, which "
+            "cannot be cut. Cut the model before it is sharded."
+        )
+    widths = spec.widths(model, groups)
+    if widths and not allow_unordered and not is_ordered(model, [groups.by_name[name] for name in widths]):
+        warnings.warn(
+            f"{type(inner_model(model)).__name__} was not reordered along all axes that are cut, so the channels that "
+            "stay are no better than random ones. Call apply_spp(model) before, load a reordered checkpoint, or pass "
+            "allow_unordered=True.",
+            stacklevel=4,
+        )
+    return groups, widths
+
+
+def is_ordered(model: Any, groups: Iterable[ChannelGroup]) -> bool:
+    """Whether the channels of some groups are known to be in order of saliency."""
+    if record_of(model) is not None:
+        return True
+    reordering = total_of(model)
+    if reordering is None:
+        folder = Path(str(getattr(model, "name_or_path", "")))
+        if not (folder / ORDERS_NAME).is_file():
+            return False
+        try:
+            reordering = Reordering.from_pretrained(folder)
+        except SPPError:
+            return False
+    return all(group.name in reordering.orders for group in groups)
+
+
+def _batches(
+    calibration: Iterable[Mapping[str, Any]] | None, compensate: bool | None
+) -> list[Mapping[str, Any]] | None:
+    """The batches to compensate on, None to leave it out."""
+    if compensate is False or (compensate is None and calibration is None):
+        return None
+    if calibration is None:
+        raise CalibrationError(
+            "compensate=True needs calibration data and none was given. Pass calibration=<iterable of dict batches of "
+            "forward arguments>, or leave compensate out."
+        )
+    if not isinstance(calibration, Iterable):
+        raise CalibrationError(
+            f"The calibration data is a {type(calibration).__name__}; an iterable of dict batches of forward arguments "
+            "is needed. Give a DataLoader or a list of batches."
+        )
+    batches = list(calibration)
+    for batch in batches:
+        if not isinstance(batch, Mapping):
+            raise CalibrationError(
+                f"A calibration batch is a {type(batch).__name__}; a dict of forward arguments is needed. "
+                "Use a DataLoader whose collator returns dicts."
+            )
+    return [{name: value for name, value in batch.items() if name not in ("labels", "label")} for batch in batches]
+
+
+@torch.no_grad()
+def cut_out(model: Any, groups: ChannelMap, widths: Widths) -> tuple[Any, Kept, str | None]:
+    """A smaller copy of a model, the places that its tensors keep, and why no stock config states it.
+
+    Args:
+        model: The plain model, with values or on the meta device.
+        groups: Its channel groups.
+        widths: Channels kept in each block, by name of the groups that are cut.
+    """
+    model = inner_model(model)
+    found = stock_model(model, groups, widths)
+    if isinstance(found, str):
+        edits = find_edits(model, groups, widths)
+        pieces: dict[int, Any] = {}
+        for name, tensor in tensors_of(model).items():
+            _piece(tensor, edits.kept.get(name, {}), pieces)
+        small = copy.deepcopy(model, {**pieces, **_left_behind(model)})
+        edits.write_attributes(small)
+        return small, edits.kept, found
+    small = found.model
+    shapes = {name: tensor.shape for name, tensor in tensors_of(model).items()}
+    kept = kept_places(groups, widths, shapes)
+    _fill(small, model, kept)
+    if found.query_scale is not None:
+        lengths = {name: shape[0] for name, shape in shapes.items() if shape}
+        for name, factor in query_factors(groups, widths, found.query_scale, lengths).items():
+            tensor = tensors_of(small)[name]
+            rows = factor[kept[name][0]].to(tensor)
+            tensor.mul_(rows.reshape(-1, *[1] * (tensor.dim() - 1)))
+    return small, kept, None
+
+
+def _left_behind(model: Any) -> dict[int, Any]:
+    """What a copy of a model does not take along: what this package and training put on it."""
+    names = ("save_pretrained", "_spp_history")
+    return {id(vars(model)[name]): None for name in names if name in vars(model)}
+
+
+def _fill(small: nn.Module, model: nn.Module, kept: Kept) -> None:
+    """Give a model without values those that it keeps of another."""
+    pieces: dict[int, Any] = {}
+    first = {id(tensor): name for name, tensor in tensors_of(model).items()}
+    modules = dict(model.named_modules())
+    for path, module in small.named_modules():
+        for holder, sources in (
+            (module._parameters, modules[path]._parameters),
+            (module._buffers, modules[path]._buffers),
+        ):
+            for name, tensor in holder.items():
+                source = sources.get(name)
+                if tensor is not None and source is not None:
+                    holder[name] = _piece(source, kept.get(first[id(source)], {}), pieces)  # type: ignore[assignment]
+    small.train(model.training)
+
+
+def _piece(tensor: Tensor, dims: Mapping[int, Tensor], pieces: dict[int, Any]) -> Tensor:
+    """A copy of the kept places of a tensor, one for all modules that share it."""
+    if id(tensor) not in pieces:
+        part = narrowed(tensor.detach(), dims).clone(memory_format=torch.contiguous_format)
+        pieces[id(tensor)] = nn.Parameter(part, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else part
+    found: Tensor = pieces[id(tensor)]
+    return found
