@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from .comparison.evaluation import compare_methods
     from .config import SPPConfig
     from .reordering import Reordering
-    from .subnetworks import SubnetworkSpec, extract_subnetwork, subnetwork_view
+    from .subnetworks import SubnetworkSpec, extract_subnetwork, load_subnetwork, save_width, subnetwork_view
     from .transform import apply_spp
 
 __all__ = [
@@ -73,7 +73,9 @@ __all__ = [
     "channel_groups",
     "compare_methods",
     "extract_subnetwork",
+    "load_subnetwork",
     "register_architecture",
+    "save_width",
     "subnetwork_view",
 ]
 
@@ -93,7 +95,9 @@ _HOMES = {
     "channel_groups": "architectures",
     "compare_methods": "comparison.evaluation",
     "extract_subnetwork": "subnetworks",
+    "load_subnetwork": "subnetworks",
     "register_architecture": "architectures",
+    "save_width": "subnetworks",
     "subnetwork_view": "subnetworks",
 }
 

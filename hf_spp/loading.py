@@ -77,7 +77,7 @@ def load_config(source: str | os.PathLike[str]) -> PreTrainedConfig:
     return config
 
 
-def load_model(source: str | os.PathLike[str], dtype: str = "auto") -> PreTrainedModel:
+def load_model(source: str | os.PathLike[str], dtype: str = "auto", *, cls: Any = None) -> PreTrainedModel:
     """Load a pretrained model as the class that its config names.
 
     Weights that the class does not use, or that the checkpoint lacks, are named in a warning. Only safetensors are
@@ -86,6 +86,7 @@ def load_model(source: str | os.PathLike[str], dtype: str = "auto") -> PreTraine
     Args:
         source: A folder or a Hub id.
         dtype: One of `DTYPES`; `auto` keeps the checkpoint's.
+        cls: Another class than the config names.
 
     Raises:
         SPPConfigError: The dtype is unknown.
@@ -100,7 +101,7 @@ def load_model(source: str | os.PathLike[str], dtype: str = "auto") -> PreTraine
             f"Model {os.fspath(source)!r} holds quantized weights, whose packed rows cannot be moved. Accepted: "
             "float weights. Reorder the unquantized checkpoint first and quantize the result."
         )
-    cls = model_class(config)
+    cls = model_class(config) if cls is None else cls
     wanted = dtype if dtype == "auto" else getattr(torch, dtype)
     try:
         with quiet_transformers():

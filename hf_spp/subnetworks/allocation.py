@@ -5,18 +5,14 @@ last channels of every group are taken away in the order of that change per para
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 
 from torch import Tensor
 
 from ..channels import ChannelGroup
-from .widths import Widths, cut_of
+from .widths import Widths, cut_of, steps_of
 
 _SHARES = 1024
-
-
-def steps_of(group: ChannelGroup, multiple: int) -> list[int]:
-    """The widths that a group may have: multiples, and its own."""
-    return [*range(multiple, group.size, multiple), group.size]
 
 
 def ranked_worth(group: ChannelGroup, order: Tensor, scores: Tensor) -> Tensor:
@@ -52,7 +48,7 @@ def allocate(
         steps = steps_of(group, multiples.get(cut_of(group), 1))
         saved = (whole - price({group.name: steps[0]})) / max(group.size - steps[0], 1)
         density = float("inf")
-        for low, high in zip(steps[:-1], steps[1:], strict=True):
+        for low, high in pairwise(steps):
             # What stays longer is worth no less.
             density = min(density, float(worth[group.name][low:high].sum()) / (saved * (high - low)))
             cuts.append((density, group.name, low))

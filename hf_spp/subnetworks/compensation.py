@@ -1,8 +1,8 @@
 """Compensation: refitting the projection behind cut channels, so that it writes what the uncut one wrote.
 
-Layer after layer, with what the already cut model gives it, a projection is fitted by ridge least squares to the outputs
-of the uncut model on unlabelled data. The fit is in closed form, pulled towards the weights that were there, so that
-without data it is the plain slice.
+Layer after layer, with what the already cut model gives it, a projection is fitted by ridge least squares to what the
+uncut model's writes on unlabelled data. The fit is in closed form, and is pulled towards the weights that were there,
+so that without data it is the plain slice.
 
 Reference:
     Least-squares reconstruction behind pruned channels: He, Zhang and Sun, arXiv:1707.06168.
@@ -46,21 +46,18 @@ class Gram:
 
     def __init__(self) -> None:
         self.tokens = 0
-        self.products: Tensor | None = None
-        self.sums: Tensor | None = None
-        self.with_targets: Tensor | None = None
-        self.target_sums: Tensor | None = None
+        self.products = self.sums = self.with_targets = self.target_sums = torch.zeros((), dtype=torch.float64)
 
     def add(self, features: Tensor, targets: Tensor | None = None) -> None:
         """Add tokens: features `[..., tokens, features]`, and what is to be written for them, `[tokens, outputs]`."""
         features = features.double()
         self.tokens += features.shape[-2]
-        self.products = _plus(self.products, features.mT @ features)
-        self.sums = _plus(self.sums, features.sum(-2))
+        self.products = self.products + features.mT @ features
+        self.sums = self.sums + features.sum(-2)
         if targets is not None:
             targets = targets.double()
-            self.with_targets = _plus(self.with_targets, features.mT @ targets)
-            self.target_sums = _plus(self.target_sums, targets.sum(-2))
+            self.with_targets = self.with_targets + features.mT @ targets
+            self.target_sums = self.target_sums + targets.sum(-2)
 
 
 @dataclass(frozen=True)
@@ -78,8 +75,6 @@ class _Moments:
     @classmethod
     def of(cls, gram: Gram, *, intercept: bool) -> "_Moments":
         """Moments of features and targets that were seen together."""
-        assert gram.products is not None and gram.sums is not None
-        assert gram.with_targets is not None and gram.target_sums is not None
         mean, target_mean = gram.sums / gram.tokens, gram.target_sums / gram.tokens
         if not intercept:
             mean, target_mean = torch.zeros_like(mean), torch.zeros_like(target_mean)
@@ -93,7 +88,6 @@ class _Moments:
     @classmethod
     def of_uncut(cls, gram: Gram, kept: Tensor, weight: Tensor, bias: Tensor | None, entry: int | None) -> "_Moments":
         """Moments of the kept features, and of what the uncut projection `[features, outputs]` writes from all."""
-        assert gram.products is not None and gram.sums is not None
         products, sums = (gram.products, gram.sums) if entry is None else (gram.products[entry], gram.sums[entry])
         mean = sums / gram.tokens if bias is not None else torch.zeros_like(sums)
         covariance = products / gram.tokens - mean.unsqueeze(1) * mean
@@ -172,8 +166,8 @@ def compensate(
     idle = [one.path for one in projections if not one.routed and not calls[one.path]]
     if idle:
         logger.warning(
-            f"The calibration data reaches no {', '.join(idle[:3])}{', …' if len(idle) > 3 else ''}: there the slice is "
-            "not compensated. Give batches that run this part of the model."
+            f"The calibration data reaches no {', '.join(idle[:3])}{', …' if len(idle) > 3 else ''}: there the slice "
+            "is not compensated. Give batches that run this part of the model."
         )
     return tuple(dict.fromkeys(changed))
 
@@ -211,8 +205,8 @@ def _calls(model: Any, projections: Iterable[Projection], batch: Mapping[str, An
         run_model(model, batch)
     except Exception as error:  # whatever a forward raises only means that the batch does not suit it
         raise CalibrationError(
-            f"{type(model).__name__} does not run on the calibration batch with the arguments {sorted(batch)}: {error}. "
-            "Give dict batches of forward arguments."
+            f"{type(model).__name__} does not run on the calibration batch with the arguments {sorted(batch)}: "
+            f"{error}. Give dict batches of forward arguments."
         ) from error
     finally:
         for handle in handles:
@@ -321,7 +315,3 @@ def _solve(moments: _Moments, before: Tensor, ridge: float) -> Tensor:
         if not bool(failed):
             return before + torch.cholesky_solve(missing, factor)
         ridge = max(10 * ridge, 1e-12)
-
-
-def _plus(total: Tensor | None, addend: Tensor) -> Tensor:
-    return addend if total is None else total.add_(addend)

@@ -91,6 +91,7 @@ class ParameterCount:
         self._counted = [name for name, _ in model.named_parameters() if name.startswith(prefix)]
 
     def __call__(self, widths: Widths) -> int:
+        """Parameters at some widths."""
         kept = kept_places(self._groups, widths, self._shapes)
         return sum(count_kept(self._shapes[name], kept.get(name, {})) for name in self._counted)
 
@@ -127,7 +128,7 @@ def _cost(
             sums[0] += entries
             sums[1] += entries * tensor.element_size()
     root = type(model).__name__
-    costs = {path: Cost(*sums, flops.get(f"{root}.{path}", 0) / count) for path, sums in layers.items()}
+    costs = {path: Cost(own[0], own[1], flops.get(f"{root}.{path}", 0) / count) for path, own in layers.items()}
     return Cost(total[0], total[1], flops.get("Global", 0) / count), costs
 
 

@@ -42,7 +42,7 @@ class Edits:
         """Set the attributes of a model's modules, and what pads and selects channels, for good."""
         modules = dict(model.named_modules())
         for path, values in self.attributes.items():
-            vars(modules[path]).update(values)
+            modules[path].__dict__.update(values)
         for path, padding in self.padded.items():
             modules[path].register_forward_hook(padding)
         for path, selection in self.selected.items():
@@ -62,6 +62,7 @@ class Padding:
         self.places, self.length, self.axis = places, length, axis
 
     def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        """The outputs at their places."""
         shape = list(output.shape)
         shape[self.axis] = self.length
         self.places = self.places.to(output.device)
@@ -80,6 +81,7 @@ class Selection:
         self.places, self.axis = places, axis
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The arguments with fewer inputs."""
         self.places = self.places.to(args[0].device)
         return (args[0].index_select(self.axis, self.places), *args[1:])
 
@@ -126,9 +128,9 @@ def narrowed_model(model: nn.Module, edits: Edits) -> Iterator[None]:
                 for name, tensor in holder.items():
                     if tensor is not None and id(tensor) in shorter:
                         tensors.append((holder, name, tensor))
-                        holder[name] = shorter[id(tensor)]  # type: ignore[assignment]
+                        holder[name] = shorter[id(tensor)]
         for path, changed in edits.attributes.items():
-            own_values = vars(modules[path])
+            own_values = modules[path].__dict__
             values.append((own_values, {name: own_values[name] for name in changed}))
             own_values.update(changed)
         handles += [modules[path].register_forward_hook(hook, prepend=True) for path, hook in edits.padded.items()]
@@ -140,7 +142,7 @@ def narrowed_model(model: nn.Module, edits: Edits) -> Iterator[None]:
         for own_values, before in values:
             own_values.update(before)
         for holder, name, tensor in tensors:
-            holder[name] = tensor  # type: ignore[assignment]
+            holder[name] = tensor
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -4,7 +4,6 @@ import copy
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..architectures import channel_groups, model_type_of
+from ..architectures import channel_groups
 from ..channels import ChannelGroup, ChannelMap
 from ..errors import CalibrationError, SPPError, SubnetworkError
 from ..orders_file import ORDERS_NAME
@@ -22,33 +21,10 @@ from ..structure import inner_model, is_sharded, tuner_layers
 from .compensation import compensate as refit
 from .costs import tensors_of
 from .edits import Edits, find_edits, narrowed_model
+from .record import SubnetworkRecord, note_record, record_of
 from .spec import SubnetworkSpec
 from .stock import query_factors, stock_model
 from .widths import Kept, Widths, kept_places, narrowed
-
-# What a sub-network was cut from, on the model.
-_RECORD = "_spp_subnetwork"
-
-
-@dataclass(frozen=True)
-class SubnetworkRecord:
-    """How a model was cut out of another one.
-
-    Attributes:
-        spec: The spec.
-        widths: Channels kept in each block, by name of the groups that were cut.
-        model_type: Model type of both.
-        model_class: Class of both.
-        reason: Why no stock config states the widths; None where one does.
-        compensated: Names of the tensors that were refitted.
-    """
-
-    spec: SubnetworkSpec
-    widths: Widths
-    model_type: str
-    model_class: str
-    reason: str | None
-    compensated: tuple[str, ...]
 
 
 def extract_subnetwork(
@@ -89,15 +65,8 @@ def extract_subnetwork(
     compensated: tuple[str, ...] = ()
     if batches is not None and widths:
         compensated = refit(model, small, groups, widths, kept, batches)
-    record = SubnetworkRecord(spec, widths, model_type_of(model), type(model).__name__, reason, compensated)
-    setattr(small, _RECORD, record)
+    note_record(small, SubnetworkRecord(spec, widths, type(small).__name__, reason, compensated))
     return small
-
-
-def record_of(model: Any) -> SubnetworkRecord | None:
-    """How a model was cut out of another one, None if it was not."""
-    record: SubnetworkRecord | None = getattr(model, _RECORD, None)
-    return record
 
 
 @contextmanager
@@ -221,7 +190,7 @@ def cut_out(model: Any, groups: ChannelMap, widths: Widths) -> tuple[Any, Kept, 
         edits = find_edits(model, groups, widths)
         pieces: dict[int, Any] = {}
         for name, tensor in tensors_of(model).items():
-            _piece(tensor, edits.kept.get(name, {}), pieces)
+            piece_of(tensor, edits.kept.get(name, {}), pieces)
         small = copy.deepcopy(model, {**pieces, **_left_behind(model)})
         edits.write_attributes(small)
         return small, edits.kept, found
@@ -240,11 +209,11 @@ def cut_out(model: Any, groups: ChannelMap, widths: Widths) -> tuple[Any, Kept, 
 
 def _left_behind(model: Any) -> dict[int, Any]:
     """What a copy of a model does not take along: what this package and training put on it."""
-    names = ("save_pretrained", "_spp_history")
+    names = ("save_pretrained", "_spp_history", "_spp_subnetwork")
     return {id(vars(model)[name]): None for name in names if name in vars(model)}
 
 
-def _fill(small: nn.Module, model: nn.Module, kept: Kept) -> None:
+def _fill(small: Any, model: Any, kept: Kept) -> None:
     """Give a model without values those that it keeps of another."""
     pieces: dict[int, Any] = {}
     first = {id(tensor): name for name, tensor in tensors_of(model).items()}
@@ -257,11 +226,13 @@ def _fill(small: nn.Module, model: nn.Module, kept: Kept) -> None:
             for name, tensor in holder.items():
                 source = sources.get(name)
                 if tensor is not None and source is not None:
-                    holder[name] = _piece(source, kept.get(first[id(source)], {}), pieces)  # type: ignore[assignment]
+                    holder[name] = piece_of(source, kept.get(first[id(source)], {}), pieces)
     small.train(model.training)
+    if getattr(model, "generation_config", None) is not None:
+        small.generation_config = copy.deepcopy(model.generation_config)
 
 
-def _piece(tensor: Tensor, dims: Mapping[int, Tensor], pieces: dict[int, Any]) -> Tensor:
+def piece_of(tensor: Tensor, dims: Mapping[int, Tensor], pieces: dict[int, Any]) -> Tensor:
     """A copy of the kept places of a tensor, one for all modules that share it."""
     if id(tensor) not in pieces:
         part = narrowed(tensor.detach(), dims).clone(memory_format=torch.contiguous_format)

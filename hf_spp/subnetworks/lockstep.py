@@ -15,7 +15,7 @@ from ..forward import run_model
 from ..watch import token_mask, unpadded
 
 
-class _Pass(greenlet):
+class _Pass(greenlet):  # type: ignore[misc]
     """A forward pass that hooks suspend."""
 
     def __init__(self, model: Any, batch: Mapping[str, Any]) -> None:

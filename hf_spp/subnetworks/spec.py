@@ -68,9 +68,9 @@ class SubnetworkSpec:
             if isinstance(value, (list, tuple)) and not value:
                 raise SubnetworkError(f"{cut} is an empty list. Give one width for all, or one for each layer.")
         given = self.multiple_of
-        each = given if isinstance(given, Mapping) else dict.fromkeys(CUTS, given)
+        each: Mapping[str, Any] = given if isinstance(given, Mapping) else {"ffn": 1 if given is None else given}
         for cut, multiple in each.items():
-            if cut not in CUTS or not (multiple is None or (_is_int(multiple) and multiple >= 1)):
+            if cut not in CUTS or not _is_int(multiple) or multiple < 1:
                 raise SubnetworkError(
                     f"multiple_of={given!r} is no positive whole number, nor one by axis of {', '.join(CUTS)}. "
                     "Give multiple_of=8, or multiple_of={'ffn': 64}."
@@ -79,8 +79,9 @@ class SubnetworkSpec:
     @classmethod
     def uniform(cls, model: Any, width: float, **changes: Any) -> "SubnetworkSpec":
         """The same fraction of the neurons and of the heads of every layer, as far as the model has them."""
-        cuts = {cut_of(group) for group in channel_groups(model)}
-        return cls(**{**{cut: float(width) for cut in ("ffn", "heads") if cut in cuts}, **changes})
+        axes = channel_groups(model).axes
+        widths: dict[str, Any] = {axis: width for axis in ("ffn", "heads") if axis in axes}
+        return cls(**{**widths, **changes})
 
     @classmethod
     def from_budget(

@@ -1,7 +1,7 @@
 """Cuts that a stock config can state: the same model class, built from a config with smaller sizes."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,11 +63,12 @@ def stock_model(model: Any, groups: ChannelMap, widths: Widths) -> StockModel | 
     reason = _in_head_reason(groups, widths)
     if reason:
         return reason
+    build: Callable[..., PreTrainedModel] = type(model)._from_config
     for with_head_dim in (False, True):
         try:
             config = _stated(model, groups, widths, with_head_dim)
             with torch.device("meta"):
-                small: PreTrainedModel = type(model)._from_config(config, dtype=model.dtype)
+                small = build(config, dtype=model.dtype)
         except Exception as error:  # whatever a config or a constructor raises only means that sizes do not fit
             reason = (
                 reason or f"{type(model.config).__name__} does not take these sizes: {' '.join(str(error).split())}"
@@ -77,7 +78,16 @@ def stock_model(model: Any, groups: ChannelMap, widths: Widths) -> StockModel | 
         if not found:
             return StockModel(small, _query_scale(model, small, groups, widths))
         reason = reason or found
-    return reason
+    return _difference_of_layers(groups, widths) or reason
+
+
+def _difference_of_layers(groups: ChannelMap, widths: Widths) -> str:
+    """The first cut whose widths differ where the sizes were the same, nothing if there is none."""
+    found: dict[tuple[str, int], set[int]] = {}
+    for group in groups:
+        found.setdefault((cut_of(group), group.size), set()).add(widths.get(group.name, group.size))
+    cut = next((cut for (cut, _), each in found.items() if len(each) > 1), None)
+    return "" if cut is None else f"the widths of {cut} differ between layers, and the config has one for all"
 
 
 def query_factors(groups: ChannelMap, widths: Widths, scale: float, lengths: Mapping[str, int]) -> dict[str, Tensor]:

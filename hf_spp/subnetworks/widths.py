@@ -29,6 +29,11 @@ def default_multiple(cut: str, device: torch.device) -> int:
     return (_MULTIPLE if device.type == "cpu" else _ACCELERATOR_MULTIPLE).get(cut, 1)
 
 
+def steps_of(group: ChannelGroup, multiple: int) -> list[int]:
+    """The widths that a group may have: multiples, and its own."""
+    return [*range(multiple, group.size, multiple), group.size]
+
+
 def resolve_widths(
     groups: ChannelMap, requests: Mapping[str, Request], multiples: Mapping[str, int], where: str
 ) -> dict[str, int]:
@@ -37,7 +42,7 @@ def resolve_widths(
     Args:
         groups: The groups of the model.
         requests: What each cut asks for: a fraction (float) or a count (int) in each block, or one for each group.
-        multiples: What a fraction is rounded to a multiple of, by cut.
+        multiples: What a fraction is rounded to the nearest multiple of, by cut; all channels are a width as well.
         where: What to call the model in an error.
 
     Returns:
@@ -68,11 +73,10 @@ def _width(group: ChannelGroup, request: float | int, multiple: int, where: str)
     if isinstance(request, float):
         if not 0 < request <= 1:
             raise SubnetworkError(
-                f"{cut_of(group)}={request} is no fraction above 0 and up to 1, asked for {group.name} of {where}. Give "
-                "a fraction as a float such as 0.5, or a count as an int."
+                f"{cut_of(group)}={request} is no fraction above 0 and up to 1, asked for {group.name} of {where}. "
+                "Give a fraction as a float such as 0.5, or a count as an int."
             )
-        # At least one multiple; all channels where the next multiple is more than there are.
-        return min(group.size, max(1, round(request * group.size / multiple)) * multiple)
+        return min(steps_of(group, multiple), key=lambda step: (abs(step - request * group.size), -step))
     if not 1 <= request <= group.size:
         raise SubnetworkError(
             f"{cut_of(group)}={request} is asked for {group.name} of {where}, which has {group.size} channels"

@@ -1,0 +1,112 @@
+"""Rows of a width report: what a row holds, and the tables made of rows."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .result_rows import markdown_table, unique
+
+Row = Mapping[str, Any]
+
+# What was measured: the full model, and cuts of it by the order of the channels and what was done after the cut.
+KINDS = {
+    "full": "Full model",
+    "compensated": "Compensated",
+    "plain": "Plain slice",
+    "random-compensated": "Random order, compensated",
+    "random": "Random order",
+}
+METRIC_NAMES = {
+    "accuracy": "accuracy",
+    "f1": "macro F1",
+    "perplexity": "perplexity",
+    "cosine": "cosine to the full model",
+}
+PERCENT = ("accuracy", "f1")
+ROW_KEYS = frozenset({"width", "kind", "seed", "spec", "parameters", "bytes", "share", "metrics", "latency", "stock"})
+
+
+def metrics_of(rows: Sequence[Row]) -> list[str]:
+    """Names of all metrics, in order of first appearance."""
+    return unique(name for row in rows for name in row["metrics"])
+
+
+def metrics_caption(rows: Sequence[Row]) -> str:
+    """What a cell of quality holds, in words."""
+    names = metrics_of(rows)
+    if names and all(name in PERCENT for name in names):
+        return f"{_capital(' / '.join(METRIC_NAMES[name] for name in names))}, in percent"
+    return _capital(" / ".join(f"{METRIC_NAMES.get(name, name)}{', %' * (name in PERCENT)}" for name in names))
+
+
+def width_table(rows: Sequence[Row]) -> str:
+    """The rows as a Markdown table; see `width_cells`."""
+    header, body, labels = width_cells(rows)
+    return markdown_table(header, body, left=labels)
+
+
+def width_cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]], int]:
+    """Cost and quality: one line per width, one column of quality per kind of cut.
+
+    Several seeds of one kind become mean ± standard deviation. The full model, of which nothing is cut, has its quality
+    in the first of these columns.
+
+    Returns:
+        The header, the lines, and how many columns say what a line is about.
+    """
+    kinds = [kind for kind in KINDS if kind != "full" and any(row["kind"] == kind for row in rows)]
+    metrics = metrics_of(rows)
+    batches = unique(one["batch"] for row in rows for one in row["latency"])
+    header = ["Width", "Parameters", "MB", *(f"ms, batch {batch}" for batch in batches), *(KINDS[kind] for kind in kinds)]
+    body = []
+    for width in unique(row["width"] for row in rows):
+        own = [row for row in rows if row["width"] == width]
+        first = own[0]
+        times = {one["batch"]: one for one in first["latency"]}
+        of_kind = {kind: [row for row in own if row["kind"] == kind] for kind in kinds}
+        if first["kind"] == "full":
+            of_kind[kinds[0]] = own
+        body.append(
+            [
+                width,
+                f"{first['parameters']:,} ({100 * first['share']:.0f} %)",
+                f"{first['bytes'] / 1e6:.1f}",
+                *(_time(times[batch]) if batch in times else "–" for batch in batches),
+                *(_quality(of_kind[kind], metrics) for kind in kinds),
+            ]
+        )
+    return header, body, 1
+
+
+def metric_values(rows: Sequence[Row], metric: str) -> list[float]:
+    """The finite values of a metric."""
+    return [row["metrics"][metric] for row in rows if row["metrics"].get(metric) is not None]
+
+
+def _quality(rows: Sequence[Row], metrics: Sequence[str]) -> str:
+    return " / ".join(_mean(metric, metric_values(rows, metric)) for metric in metrics) if rows else "–"
+
+
+def _mean(metric: str, values: Sequence[float]) -> str:
+    if not values:
+        return "–"
+    mean = show_metric(metric, statistics.fmean(values))
+    return mean if len(values) == 1 else f"{mean} ± {show_metric(metric, statistics.stdev(values))}"
+
+
+def show_metric(metric: str, value: float) -> str:
+    """A value of a metric in few digits; accuracy and F1 in percent, without the sign."""
+    if metric in PERCENT:
+        return f"{100 * value:.2f}"
+    if abs(value) >= 1e7:
+        return f"{value:.1e}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def _time(latency: Mapping[str, Any]) -> str:
+    low, high = latency["spread"]
+    return f"{latency['milliseconds']:.3g} ({low:.3g}–{high:.3g})"
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
