@@ -12,7 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,7 +30,8 @@ from .widths import Kept, Widths
 
 logger = logging.get_logger(__name__)
 
-RIDGE = 0.01
+# How strongly weights are pulled towards those before, as shares of the mean variance of what a projection reads.
+RIDGES = (0.001, 0.01, 0.1, 1.0, 10.0)
 # Running passes of all batches are held between two layers up to this size; beyond, batches run again for each layer.
 _HELD_BYTES = 1 << 30
 # What a suspended pass holds, in terms of the features that its next layer reads.
@@ -41,15 +42,38 @@ _ROUTED = re.compile(r"(^|\.)experts\.")
 class Gram:
     """Sums for a least-squares fit: products of features with themselves and with targets, float64.
 
-    Memory is that of the sums, whatever the number of tokens.
+    Memory is that of the sums, whatever the number of tokens. Half of the tokens of each batch go into one set of sums
+    and half into another, so that a fit to the one can be judged by the other.
     """
 
     def __init__(self) -> None:
-        self.tokens = 0
-        self.products = self.sums = self.with_targets = self.target_sums = torch.zeros((), dtype=torch.float64)
+        self.halves = (_Sums(), _Sums())
+
+    @property
+    def tokens(self) -> int:
+        """Tokens seen."""
+        return sum(half.tokens for half in self.halves)
 
     def add(self, features: Tensor, targets: Tensor | None = None) -> None:
         """Add tokens: features `[..., tokens, features]`, and what is to be written for them, `[tokens, outputs]`."""
+        middle = features.shape[-2] // 2
+        for half, part in zip(self.halves, (slice(0, middle), slice(middle, None)), strict=True):
+            half.add(features[..., part, :], None if targets is None else targets[part])
+
+    def all_sums(self) -> "tuple[_Sums, _Sums, _Sums]":
+        """The sums of each half, and of both."""
+        return (*self.halves, self.halves[0] + self.halves[1])
+
+
+@dataclass
+class _Sums:
+    tokens: int = 0
+    products: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
+    sums: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
+    with_targets: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
+    target_sums: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
+
+    def add(self, features: Tensor, targets: Tensor | None) -> None:
         features = features.double()
         self.tokens += features.shape[-2]
         self.products = self.products + features.mT @ features
@@ -58,6 +82,15 @@ class Gram:
             targets = targets.double()
             self.with_targets = self.with_targets + features.mT @ targets
             self.target_sums = self.target_sums + targets.sum(-2)
+
+    def __add__(self, other: "_Sums") -> "_Sums":
+        return _Sums(
+            self.tokens + other.tokens,
+            self.products + other.products,
+            self.sums + other.sums,
+            self.with_targets + other.with_targets,
+            self.target_sums + other.target_sums,
+        )
 
 
 @dataclass(frozen=True)
@@ -73,24 +106,26 @@ class _Moments:
     target_mean: Tensor
 
     @classmethod
-    def of(cls, gram: Gram, *, intercept: bool) -> "_Moments":
+    def of(cls, seen: _Sums, *, intercept: bool) -> "_Moments":
         """Moments of features and targets that were seen together."""
-        mean, target_mean = gram.sums / gram.tokens, gram.target_sums / gram.tokens
+        tokens = max(seen.tokens, 1)
+        mean, target_mean = seen.sums / tokens, seen.target_sums / tokens
         if not intercept:
             mean, target_mean = torch.zeros_like(mean), torch.zeros_like(target_mean)
         return cls(
-            gram.products / gram.tokens - mean.unsqueeze(1) * mean,
-            gram.with_targets / gram.tokens - mean.unsqueeze(1) * target_mean,
+            seen.products / tokens - mean.unsqueeze(1) * mean,
+            seen.with_targets / tokens - mean.unsqueeze(1) * target_mean,
             mean,
             target_mean,
         )
 
     @classmethod
-    def of_uncut(cls, gram: Gram, kept: Tensor, weight: Tensor, bias: Tensor | None, entry: int | None) -> "_Moments":
+    def of_uncut(cls, seen: _Sums, kept: Tensor, weight: Tensor, bias: Tensor | None, entry: int | None) -> "_Moments":
         """Moments of the kept features, and of what the uncut projection `[features, outputs]` writes from all."""
-        products, sums = (gram.products, gram.sums) if entry is None else (gram.products[entry], gram.sums[entry])
-        mean = sums / gram.tokens if bias is not None else torch.zeros_like(sums)
-        covariance = products / gram.tokens - mean.unsqueeze(1) * mean
+        products, sums = (seen.products, seen.sums) if entry is None else (seen.products[entry], seen.sums[entry])
+        tokens = max(seen.tokens, 1)
+        mean = sums / tokens if bias is not None else torch.zeros_like(sums)
+        covariance = products / tokens - mean.unsqueeze(1) * mean
         weight, kept = weight.to(covariance), kept.to(covariance.device)
         offset = 0 if bias is None else bias.to(covariance)
         return cls(covariance[kept][:, kept], covariance[kept] @ weight, mean[kept], mean @ weight + offset)
@@ -124,7 +159,7 @@ def compensate(
     kept: Kept,
     batches: Sequence[Mapping[str, Any]],
     *,
-    ridge: float = RIDGE,
+    ridge: float | None = None,
     held_bytes: int = _HELD_BYTES,
 ) -> tuple[str, ...]:
     """Refit every projection of a cut model that reads channels of which some are gone, in place.
@@ -136,7 +171,8 @@ def compensate(
         widths: Channels kept in each block, by name of the groups that are cut.
         kept: Places that stay in each tensor of the uncut model.
         batches: Dict batches of forward arguments, without labels.
-        ridge: Pull towards the plain slice, as a share of the mean variance of what a projection reads.
+        ridge: Pull towards the plain slice, as a share of the mean variance of what a projection reads. None chooses
+            one of `RIDGES` for each projection: fitted to half of the tokens, it is judged by the other half.
         held_bytes: How much of suspended passes may be held; more data than that runs again for each layer.
 
     Returns:
@@ -219,7 +255,7 @@ def _fit_in_turn(
     small: Any,
     projections: Sequence[Projection],
     batches: Sequence[Mapping[str, Any]],
-    ridge: float,
+    ridge: float | None,
     held_bytes: int,
 ) -> list[str]:
     """Refit projections one after another, each on what the model gives it whose earlier ones are refitted."""
@@ -238,7 +274,8 @@ def _fit_in_turn(
                         uncut.close()
                         cut.close()
                 layer = small.get_submodule(projection.path)
-                changed += _refit(layer, projection.path, _Moments.of(gram, intercept=layer.bias is not None), ridge)
+                moments = [_Moments.of(sums, intercept=layer.bias is not None) for sums in gram.all_sums()]
+                changed += _refit(layer, projection.path, moments, ridge)
     finally:
         for pair in runs:
             for run in pair:
@@ -247,7 +284,7 @@ def _fit_in_turn(
 
 
 def _fit_alone(
-    model: Any, small: Any, projections: Sequence[Projection], batches: Sequence[Mapping[str, Any]], ridge: float
+    model: Any, small: Any, projections: Sequence[Projection], batches: Sequence[Mapping[str, Any]], ridge: float | None
 ) -> list[str]:
     """Refit projections on what the uncut model gives them: experts, and layers that run several times."""
     grams = {one.path: Gram() for one in projections if one.tensor.endswith(".weight")}
@@ -273,32 +310,54 @@ def _fit_alone(
         if one.path in grams and grams[one.path].tokens:
             uncut = model.get_submodule(one.path)
             weight = _inputs_first(uncut, uncut.weight)
-            moments = _Moments.of_uncut(grams[one.path], one.kept, weight, uncut.bias, None)
+            moments = [
+                _Moments.of_uncut(sums, one.kept, weight, uncut.bias, None) for sums in grams[one.path].all_sums()
+            ]
             changed += _refit(small.get_submodule(one.path), one.path, moments, ridge)
         for entries, gram in inner.seen(one.member) if one in stacked else ():
             # Matrices of experts, `[neurons, outputs]`.
             cut, whole = (owner.get_parameter(one.tensor).movedim(one.member.dim, 1) for owner in (small, model))
             for place, entry in enumerate(entries):
-                moments = _Moments.of_uncut(gram, one.kept, whole[entry], None, place if len(entries) > 1 else None)
-                cut[entry].copy_(_solve(moments, cut[entry].to(moments.features), ridge))
+                index = place if len(entries) > 1 else None
+                moments = [_Moments.of_uncut(sums, one.kept, whole[entry], None, index) for sums in gram.all_sums()]
+                cut[entry].copy_(_fit(moments, cut[entry].double(), ridge))
             changed.append(one.tensor)
     return changed
 
 
-def _refit(layer: Any, path: str, moments: _Moments, ridge: float) -> list[str]:
+def _refit(layer: Any, path: str, moments: Sequence[_Moments], ridge: float | None) -> list[str]:
     """Write the weights, and the bias if there is one, that fit best; the names of what was written."""
     weight = _inputs_first(layer, layer.weight)
-    fitted = _solve(moments, weight.to(moments.features), ridge)
+    fitted = _fit(moments, weight.double(), ridge)
     weight.copy_(fitted)
     if layer.bias is None:
         return [f"{path}.weight"]
-    layer.bias.copy_(moments.target_mean - moments.mean @ fitted)
+    layer.bias.copy_(moments[-1].target_mean - moments[-1].mean @ fitted)
     return [f"{path}.weight", f"{path}.bias"]
 
 
 def _inputs_first(layer: nn.Module, weight: Tensor) -> Tensor:
     """A view of a linear layer's weight as `[inputs, outputs]`."""
     return weight if isinstance(layer, Conv1D) else weight.T
+
+
+def _fit(moments: Sequence[_Moments], before: Tensor, ridge: float | None) -> Tensor:
+    """The weights `[features, outputs]` that fit the last moments best, pulled towards those before.
+
+    Args:
+        moments: Those of each half of the data, and of all.
+        before: The weights before.
+        ridge: The pull; None takes the one that fits the first half so that the second is met best.
+    """
+    first, second, both = moments
+    if ridge is None:
+        ridge = min(RIDGES, key=lambda one: _error(second, _solve(first, before, one)))
+    return _solve(both, before, ridge)
+
+
+def _error(moments: _Moments, weights: Tensor) -> float:
+    """Mean squared distance to the targets, but for a constant."""
+    return float(((moments.features @ weights - 2 * moments.with_targets) * weights).sum())
 
 
 def _solve(moments: _Moments, before: Tensor, ridge: float) -> Tensor:

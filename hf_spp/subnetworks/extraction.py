@@ -4,6 +4,7 @@ import copy
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -93,25 +94,39 @@ def subnetwork_view(model: Any, spec: SubnetworkSpec, *, allow_unordered: bool =
         yield model
 
 
-# Finding out what a view changes takes longer than changing it.
-_VIEWS: "WeakKeyDictionary[nn.Module, dict[Any, Edits]]" = WeakKeyDictionary()
+@dataclass(frozen=True)
+class _Known:
+    """What was found out about a model, as long as its parameters are the same."""
+
+    parameters: tuple[tuple[int, torch.Size], ...]
+    groups: ChannelMap
+    edits: dict[str, Edits]
+
+
+# Finding out what a cut changes takes longer than changing it.
+_KNOWN: "WeakKeyDictionary[nn.Module, _Known]" = WeakKeyDictionary()
+
+
+def _known(model: Any) -> _Known:
+    parameters = tuple((id(parameter), parameter.shape) for parameter in inner_model(model).parameters())
+    if model not in _KNOWN or _KNOWN[model].parameters != parameters:
+        _KNOWN[model] = _Known(parameters, channel_groups(model), {})
+    return _KNOWN[model]
 
 
 def _view_edits(model: Any, spec: SubnetworkSpec, allow_unordered: bool) -> Edits:
-    known = _VIEWS.setdefault(model, {})
-    shapes = tuple(tuple(parameter.shape) for parameter in model.parameters())
-    key = (repr(spec), shapes)
-    if key not in known:
+    known, key = _known(model), repr(spec)
+    if key not in known.edits:
         groups, widths = _settle(model, spec, allow_unordered)
-        known[key] = find_edits(model, groups, widths)
-    return known[key]
+        known.edits[key] = find_edits(model, groups, widths)
+    return known.edits[key]
 
 
 def _settle(model: Any, spec: SubnetworkSpec, allow_unordered: bool) -> tuple[ChannelMap, dict[str, int]]:
     """The groups of a model and the widths of a spec there, once the model may be cut."""
     if not isinstance(spec, SubnetworkSpec):
         raise SubnetworkError(f"spec is {spec!r}; a SubnetworkSpec is needed. Give SubnetworkSpec(ffn=0.5, heads=0.5).")
-    groups = channel_groups(model)
+    groups = _known(model).groups
     if tuner_layers(inner_model(model)):
         raise SubnetworkError(
             f"{type(inner_model(model)).__name__} holds adapters, which add to weights at their full width. Merge them "

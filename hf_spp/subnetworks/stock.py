@@ -30,7 +30,7 @@ _FIELDS = {
     "key_value_heads": ("num_key_value_heads", "num_kv_heads", "decoder_num_key_value_heads"),
     "head_dim": ("head_dim", "d_kv", "attention_head_size"),
 }  # fmt: skip
-_HIDDEN = _FIELDS["hidden"]
+_HEAD_DIMS = _FIELDS["head_dim"]
 # What modules call the number that scores are multiplied with.
 _SCALES = ("scaling", "scale", "softmax_scale", "inv_norm_factor", "scale_attn")
 
@@ -64,20 +64,16 @@ def stock_model(model: Any, groups: ChannelMap, widths: Widths) -> StockModel | 
     if reason:
         return reason
     build: Callable[..., PreTrainedModel] = type(model)._from_config
-    for with_head_dim in (False, True):
-        try:
-            config = _stated(model, groups, widths, with_head_dim)
-            with torch.device("meta"):
-                small = build(config, dtype=model.dtype)
-        except Exception as error:  # whatever a config or a constructor raises only means that sizes do not fit
-            reason = (
-                reason or f"{type(model.config).__name__} does not take these sizes: {' '.join(str(error).split())}"
-            )
-            continue
-        found = _difference(small, tensors, kept)
-        if not found:
+    try:
+        config = _stated(model, groups, widths)
+        with torch.device("meta"):
+            small = build(config, dtype=model.dtype)
+    except Exception as error:  # whatever a config or a constructor raises only means that sizes do not fit
+        reason = f"{type(model.config).__name__} does not take these sizes: {' '.join(str(error).split())}"
+    else:
+        reason = _difference(small, tensors, kept)
+        if not reason:
             return StockModel(small, _query_scale(model, small, groups, widths))
-        reason = reason or found
     return _difference_of_layers(groups, widths) or reason
 
 
@@ -148,31 +144,31 @@ def _in_head_reason(groups: ChannelMap, widths: Widths) -> str:
     return "" if other is None else f"{other.tensor} has an entry for each row of a head and is no projection"
 
 
-def _stated(model: PreTrainedModel, groups: ChannelMap, widths: Widths, with_head_dim: bool) -> PreTrainedConfig:
-    """The config that may state the cut, with the size of a head or where that follows from the other sizes."""
+def _stated(model: PreTrainedModel, groups: ChannelMap, widths: Widths) -> PreTrainedConfig:
+    """The config that may state the cut."""
     memo: dict[int, Any] = {}
     config = copy.deepcopy(model.config, memo)
+    modules = dict(model.named_modules())
     for group in groups:
         if group.name in widths:
-            own = memo.get(id(_config_of(model, group)), config)
-            _state(own, group, groups, widths, with_head_dim)
+            own = memo.get(id(_config_of(model, modules, group)), config)
+            _state(own, group, groups, widths)
     return config
 
 
-def _config_of(model: PreTrainedModel, group: ChannelGroup) -> Any:
+def _config_of(model: PreTrainedModel, modules: Mapping[str, nn.Module], group: ChannelGroup) -> Any:
     """The config of the part of the model that holds a group."""
-    modules = dict(model.named_modules())
     path = group.owners[0] if group.owners else ""
     while path and not hasattr(modules[path], "config"):
         path = path.rpartition(".")[0]
     return getattr(modules[path], "config", model.config)
 
 
-def _state(config: Any, group: ChannelGroup, groups: ChannelMap, widths: Widths, with_head_dim: bool) -> None:
+def _state(config: Any, group: ChannelGroup, groups: ChannelMap, widths: Widths) -> None:
     width, cut = widths[group.name], cut_of(group)
     if cut == "ffn":
         _set(config, "ffn", group.size, width)
-        hidden = next((getattr(config, name) for name in _HIDDEN if hasattr(config, name)), 0)
+        hidden = _hidden_of(config)
         ratio = getattr(config, "mlp_ratio", None)
         if isinstance(ratio, (int, float)) and hidden and int(hidden * ratio) == group.size:
             config.mlp_ratio = width // hidden if width % hidden == 0 else width / hidden
@@ -193,8 +189,14 @@ def _state(config: Any, group: ChannelGroup, groups: ChannelMap, widths: Widths,
         _set(config, "query_heads", heads.size * shared[0], kv * shared[1])
         _set(config, "key_value_heads", heads.size, kv)
         rows = next((one for one in groups if one.axis == "vo" and one.parent == heads.name), None)
-        if with_head_dim and rows is not None and not any(name in vars(config) for name in _FIELDS["head_dim"]):
+        hidden = widths.get("hidden", _hidden_of(config))
+        if rows is not None and hidden != kv * shared[1] * rows.size and not any(map(vars(config).get, _HEAD_DIMS)):
+            # Code that reads the size of a head from the config does so under this name, declared or not.
             config.head_dim = rows.size
+
+
+def _hidden_of(config: Any) -> int:
+    return next((getattr(config, name) for name in _FIELDS["hidden"] if hasattr(config, name)), 0)
 
 
 def _set(config: Any, what: str, before: int, after: int) -> bool:
