@@ -105,7 +105,7 @@ def describe(
     model: Any, groups: ChannelMap, widths: Widths, example_inputs: Mapping[str, Any] | None = None
 ) -> Description:
     """Cost of a model at some widths; it runs once at each width on a small input."""
-    inputs = Witness(model, example_inputs, groups=groups).inputs
+    inputs = inputs_of(model, groups, example_inputs)
     per, count = unit_of(model, inputs)
     shape = tuple(inputs[_main_input(model, inputs)].shape)
     total, layers = _cost(model, groups, widths, inputs, count)
@@ -130,6 +130,15 @@ def _cost(
     root = type(model).__name__
     costs = {path: Cost(own[0], own[1], flops.get(f"{root}.{path}", 0) / count) for path, own in layers.items()}
     return Cost(total[0], total[1], flops.get("Global", 0) / count), costs
+
+
+def inputs_of(model: Any, groups: ChannelMap, example_inputs: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """Inputs that a model runs on: the given ones, or such as its config describes, images in their full size."""
+    inputs = Witness(model, example_inputs, groups=groups).inputs
+    size, pixels = getattr(model.config, "image_size", None), inputs.get("pixel_values")
+    if example_inputs is None and isinstance(size, int) and isinstance(pixels, Tensor) and pixels.dim() == 4:
+        inputs = {**inputs, "pixel_values": pixels.new_zeros(1, pixels.shape[1], size, size)}
+    return inputs
 
 
 def count_flops(model: Any, groups: ChannelMap, widths: Widths, inputs: Mapping[str, Any]) -> float:

@@ -8,16 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from .. import checkpoint
 from ..architectures import channel_groups, model_type_of
 from ..channels import ChannelGroup, ChannelMap
 from ..config import check_format_version
 from ..errors import SubnetworkError
-from ..proof import Witness
 from ..reordering import Reordering, total_of
 from ..structure import inner_model
 from .allocation import allocate, ranked_worth, spread_evenly
-from .costs import Description, ParameterCount, count_flops, describe, measure_latency
+from .costs import Description, ParameterCount, count_flops, describe, inputs_of, measure_latency
 from .edits import find_edits, narrowed_model
 from .widths import CUTS, Request, Widths, cut_of, default_multiple, resolve_widths
 
@@ -197,7 +198,7 @@ class SubnetworkSpec:
         return describe(inner_model(model), groups, self.widths(model, groups), example_inputs)
 
     def _multiples(self, model: Any) -> dict[str, int]:
-        device = next(model.parameters()).device
+        device = device_of(model)
         given = self.multiple_of if isinstance(self.multiple_of, Mapping) else {}
         multiple = None if isinstance(self.multiple_of, Mapping) else self.multiple_of
         return {cut: given.get(cut) or multiple or default_multiple(cut, device) for cut in CUTS}
@@ -242,6 +243,12 @@ class SubnetworkSpec:
         return cls.from_dict(checkpoint.read_json(path))
 
 
+def device_of(model: Any) -> torch.device:
+    """The device of a model's first parameter."""
+    device: torch.device = next(model.parameters()).device
+    return device
+
+
 @dataclass(frozen=True)
 class _Budget:
     name: str
@@ -272,7 +279,7 @@ class _Budget:
         if self.name == "fraction":
             whole = count({})
             return lambda widths: count(widths) <= self.value * whole
-        inputs = Witness(model, inputs, groups=groups).inputs
+        inputs = inputs_of(model, groups, inputs)
         if self.name == "flops":
             return lambda widths: count_flops(model, groups, widths, inputs) <= self.value
 

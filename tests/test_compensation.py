@@ -1,0 +1,272 @@
+"""Compensation against least squares of this file's own, and what it must never do."""
+
+import copy
+
+import pytest
+import torch
+from conftest import build_inputs, build_model, outputs_of, relative_difference, same_bits, weights_of
+from transformers import MixtralConfig, MixtralForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from hf_spp import CalibrationError, SPPConfig, SubnetworkSpec, apply_spp, channel_groups, extract_subnetwork
+from hf_spp._compat import eager_experts
+from hf_spp.subnetworks import compensation
+from hf_spp.subnetworks.extraction import cut_out
+
+
+def batches(model, count=6, size=8):
+    return [build_inputs(model, size, labels=False, seed=seed) for seed in range(10, 10 + count)]
+
+
+def ordered(name, **changes):
+    model = build_model(name, dtype=torch.float64, **changes)
+    apply_spp(model, SPPConfig(axes=("heads", "ffn"), metric="l1", verify=False))
+    return model
+
+
+def cut_and_fit(model, spec, data, **options):
+    groups = channel_groups(model)
+    widths = spec.widths(model)
+    small, kept, _ = cut_out(model, groups, widths)
+    names = compensation.compensate(model, small, groups, widths, kept, data, **options)
+    return small, names
+
+
+def seen_by(model, path, data, *, reads):
+    """What a layer reads or writes on all tokens that are no padding."""
+    found, mask = [], [None]
+
+    def keep(features):
+        features = (
+            features[mask[0].bool()] if mask[0] is not None and mask[0].shape == features.shape[:-1] else features
+        )
+        found.append(features.reshape(-1, features.shape[-1]).detach().clone())
+
+    layer = model.get_submodule(path)
+    if reads:
+        handle = layer.register_forward_pre_hook(lambda _, args: keep(args[0]))
+    else:
+        handle = layer.register_forward_hook(lambda _, args, output: keep(output))
+    with torch.no_grad():
+        for batch in data:
+            mask[0] = batch.get("attention_mask")
+            model(**batch)
+    handle.remove()
+    return torch.cat(found)
+
+
+def least_squares(features, targets, before, ridge, *, intercept):
+    """Ridge towards the weights before, by an augmented system; weights `[features, outputs]` and bias."""
+    count = len(features)
+    shift, target_shift = features.mean(0), targets.mean(0)
+    if not intercept:
+        shift, target_shift = torch.zeros_like(shift), torch.zeros_like(target_shift)
+    centred = features - shift
+    pull = (ridge * centred.square().mean(0).mean() * count).sqrt()
+    system = torch.cat([centred, pull * torch.eye(features.shape[1], dtype=features.dtype)])
+    rest = torch.cat([targets - target_shift - centred @ before, torch.zeros(features.shape[1], before.shape[1])])
+    weights = before + torch.linalg.lstsq(system, rest).solution
+    return weights, target_shift - shift @ weights
+
+
+FIRST = {
+    "vit": "vit.layers.{}.attention.o_proj vit.layers.{}.mlp.fc2",
+    "bert": "bert.encoder.layer.{}.attention.output.dense bert.encoder.layer.{}.output.dense",
+    "llama": "model.layers.{}.self_attn.o_proj model.layers.{}.mlp.down_proj",
+    "gpt2": "transformer.h.{}.attn.c_proj transformer.h.{}.mlp.c_proj",
+}
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("name", FIRST)
+def test_every_projection_is_the_least_squares_of_what_it_reads(name, bias):
+    if not bias and name != "llama":
+        pytest.skip("its projections have biases")
+    changes = {"mlp_bias": bias, "attention_bias": bias} if name == "llama" else {}
+    model = ordered(name, **changes)
+    data = batches(model)
+    spec = SubnetworkSpec(ffn=8, heads=1 if name == "llama" else 2)
+    plain = extract_subnetwork(model, spec)
+    small, names = cut_and_fit(model, spec, data, ridge=0.03)
+    paths = [path for layer in (0, 1) for path in FIRST[name].format(layer, layer).split()]
+    assert {one.rpartition(".")[0] for one in names} == set(paths)
+    for path in paths:
+        features, targets = seen_by(small, path, data, reads=True), seen_by(model, path, data, reads=False)
+        layer, before = small.get_submodule(path), plain.get_submodule(path).weight
+        turn = (lambda weight: weight) if isinstance(layer, Conv1D) else (lambda weight: weight.T)
+        weights, offset = least_squares(features, targets, turn(before), 0.03, intercept=layer.bias is not None)
+        torch.testing.assert_close(turn(layer.weight), weights, rtol=1e-8, atol=1e-9)
+        if layer.bias is not None:
+            torch.testing.assert_close(layer.bias, offset, rtol=1e-8, atol=1e-9)
+    changed = {one for one, tensor in small.named_parameters() if not tensor.equal(plain.get_parameter(one))}
+    assert changed == set(names)
+
+
+LAST_NEURONS = {
+    "vit": "vit.layers.1.mlp.fc2",
+    "bert": "bert.encoder.layer.1.output.dense",
+    "llama": "model.layers.1.mlp.down_proj",
+    "t5": "decoder.block.1.layer.2.DenseReluDense.wo",
+    "gpt2": "transformer.h.1.mlp.c_proj",
+    "dinov2-swiglu": "dinov2.encoder.layer.1.mlp.down_proj",
+    "qwen3": "model.layers.1.mlp.down_proj",
+}
+
+
+@pytest.mark.parametrize("name", LAST_NEURONS)
+def test_it_comes_nearer_to_the_model(name):
+    model = ordered(name)
+    data, fresh = batches(model, count=20), [build_inputs(model, 32, labels=False, seed=3)]
+    weights = weights_of(model)
+    spec = SubnetworkSpec(ffn=8)
+    plain = extract_subnetwork(model, spec)
+    better = extract_subnetwork(model, spec, calibration=data)
+    path = LAST_NEURONS[name]
+    whole = seen_by(model, path, fresh, reads=False)
+    distances = [(seen_by(one, path, fresh, reads=False) - whole).square().mean() for one in (plain, better)]
+    assert distances[1] < 0.95 * distances[0]
+    assert same_bits(model, weights)
+    assert same_bits(extract_subnetwork(model, spec, calibration=data, compensate=False), weights_of(plain))
+
+
+def test_passes_that_do_not_fit_in_memory_run_again():
+    model = ordered("bert")
+    data, spec = batches(model), SubnetworkSpec(ffn=8, heads=2)
+    held, _ = cut_and_fit(model, spec, data)
+    again, _ = cut_and_fit(model, spec, data, held_bytes=0)
+    for one, other in zip(held.parameters(), again.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_little_data_is_trusted_little():
+    model = ordered("vit", intermediate_size=128)
+    data = batches(model, count=1, size=2)
+    fresh = [build_inputs(model, 32, labels=False, seed=3)]
+    spec = SubnetworkSpec(ffn=96)
+    path = LAST_NEURONS["vit"]
+    whole = seen_by(model, path, fresh, reads=False)
+
+    def distance(small):
+        return float((seen_by(small, path, fresh, reads=False) - whole).square().mean())
+
+    plain = distance(extract_subnetwork(model, spec))
+    assert distance(cut_and_fit(model, spec, data)[0]) < 1.1 * plain
+    fixed = [distance(cut_and_fit(model, spec, data, ridge=ridge)[0]) for ridge in compensation.RIDGES]
+    assert distance(cut_and_fit(model, spec, data)[0]) < 1.2 * min(fixed) < max(fixed)
+
+
+def test_nothing_is_changed_where_nothing_flows():
+    model = ordered("vit")
+    with torch.no_grad():
+        model.vit.layers[0].mlp.fc1.weight.zero_()
+        model.vit.layers[0].mlp.fc1.bias.zero_()
+    small = extract_subnetwork(model, SubnetworkSpec(ffn=8), calibration=batches(model))
+    assert all(bool(tensor.isfinite().all()) for tensor in small.parameters())
+    torch.testing.assert_close(small.vit.layers[0].mlp.fc2.weight, model.vit.layers[0].mlp.fc2.weight[:, :8])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_low_precision_is_fitted_in_float64(dtype):
+    model = ordered("vit").to(dtype)
+    small = extract_subnetwork(model, SubnetworkSpec(ffn=8, heads=2), calibration=batches(model))
+    assert {tensor.dtype for tensor in small.parameters()} == {dtype}
+    assert all(bool(tensor.isfinite().all()) for tensor in small.parameters())
+
+
+def test_layers_that_run_several_times():
+    from transformers import AlbertConfig, AlbertForMaskedLM
+
+    config = AlbertConfig(
+        vocab_size=40, embedding_size=12, hidden_size=24, num_hidden_layers=3, num_attention_heads=3,
+        intermediate_size=32, max_position_embeddings=32,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AlbertForMaskedLM(config).double().eval()
+    apply_spp(model, SPPConfig(axes=("ffn",), verify=False))
+    generator = torch.Generator().manual_seed(1)
+    data = [{"input_ids": torch.randint(0, 40, (8, 7), generator=generator)} for _ in range(6)]
+    spec = SubnetworkSpec(ffn=16)
+    plain = extract_subnetwork(model, spec)
+    small, names = cut_and_fit(model, spec, data)
+    assert len(names) == 2
+    path = "albert.encoder.albert_layer_groups.0.albert_layers.0.ffn_output"
+    whole = seen_by(model, path, data, reads=False)
+    distances = [(seen_by(one, path, data, reads=False) - whole).square().mean() for one in (plain, small)]
+    assert distances[1] < distances[0]
+
+
+@pytest.fixture
+def mixture():
+    config = MixtralConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=32,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = MixtralForCausalLM(config).double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(8 if parameter.dim() > 1 else 1)
+    apply_spp(model, SPPConfig(axes=("ffn", "heads"), verify=False))
+    return model
+
+
+def test_experts_are_fitted_one_by_one(mixture):
+    generator = torch.Generator().manual_seed(1)
+    data = [{"input_ids": torch.randint(0, 40, (8, 12), generator=generator)} for _ in range(10)]
+    spec = SubnetworkSpec(ffn=16)
+    plain = extract_subnetwork(mixture, spec)
+    small, names = cut_and_fit(mixture, spec, data, ridge=0.03)
+    assert sorted(names) == [f"model.layers.{layer}.mlp.experts.down_proj" for layer in (0, 1)]
+    for layer in (0, 1):
+        experts = mixture.model.layers[layer].mlp.experts
+        read = routed_states(mixture, layer, data)
+        for expert in range(4):
+            gate, up = (read[expert] @ experts.gate_up_proj[expert].T).chunk(2, -1)
+            neurons = torch.nn.functional.silu(gate) * up
+            weights, _ = least_squares(
+                neurons[:, :16], neurons @ experts.down_proj[expert].T,
+                plain.model.layers[layer].mlp.experts.down_proj[expert].T, 0.03, intercept=False,
+            )  # fmt: skip
+            fitted = small.model.layers[layer].mlp.experts.down_proj[expert].T
+            torch.testing.assert_close(fitted, weights, rtol=1e-7, atol=1e-8)
+
+
+def routed_states(model, layer, data):
+    """What each expert of a layer reads."""
+    found = [[] for _ in range(4)]
+
+    def keep(_, args):
+        states, chosen = args[0], args[1]
+        for expert in range(4):
+            found[expert].append(states[(chosen == expert).any(-1)])
+
+    handle = model.model.layers[layer].mlp.experts.register_forward_pre_hook(keep)
+    with torch.no_grad(), eager_experts(model):
+        for batch in data:
+            model(**batch)
+    handle.remove()
+    return [torch.cat(one) for one in found]
+
+
+@pytest.mark.parametrize(("calibration", "compensate", "words"), [
+    (None, True, "needs calibration data"), ([], None, "no batch"), ([torch.ones(2)], None, "dict of forward"),
+    (3, None, "iterable"), ([{"tokens": torch.ones(2, 3)}], None, "does not run"),
+])  # fmt: skip
+def test_bad_calibration(calibration, compensate, words):
+    model = ordered("vit")
+    weights = weights_of(model)
+    with pytest.raises(CalibrationError, match=words):
+        extract_subnetwork(model, SubnetworkSpec(ffn=8), calibration=calibration, compensate=compensate)
+    assert same_bits(model, weights)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_labels_do_not_matter():
+    model = ordered("vit")
+    data = [build_inputs(model, 8, seed=seed) for seed in range(4)]
+    other = copy.deepcopy(data)
+    for batch in other:
+        batch["labels"] = batch["labels"].flip(0)
+    spec = SubnetworkSpec(ffn=8)
+    one, two = (extract_subnetwork(model, spec, calibration=each) for each in (data, iter(other)))
+    assert relative_difference(outputs_of(one, data[0]), outputs_of(two, data[0])) == 0
