@@ -34,16 +34,34 @@ for folder in sys.argv[1:]:
     safetensors.torch.save_file({"logits": logits.contiguous()}, folder + "/outputs.safetensors")
 """
 STOCK = [
-    ("vit", {"ffn": 0.5, "heads": 2}), ("vit", {"qk": 4, "vo": 4}), ("deit", {"heads": 1}), ("dinov2", {"ffn": 24, "heads": 2}),
-    ("bert", {"ffn": 8}), ("bert", {"heads": 2, "hidden": 16}), ("roberta", {"ffn": 8}), ("distilbert", {"ffn": 16}),
-    ("llama", {"ffn": 8, "heads": 1}), ("qwen2", {"query_heads": 2, "ffn": 16}), ("qwen3", {"heads": 1}), ("mistral", {"ffn": 8, "heads": 1}),
-    ("gpt2", {"ffn": 8}), ("t5", {"ffn": 8, "heads": 2}), ("t5", {"qk": 4, "vo": 4}), ("vit", {"hidden": 16, "heads": 2}),
-]  # fmt: skip
+    ("vit", {"ffn": 0.5, "heads": 2}),
+    ("vit", {"qk": 4, "vo": 4}),
+    ("deit", {"heads": 1}),
+    ("dinov2", {"ffn": 24, "heads": 2}),
+    ("bert", {"ffn": 8}),
+    ("bert", {"heads": 2, "hidden": 16}),
+    ("roberta", {"ffn": 8}),
+    ("distilbert", {"ffn": 16}),
+    ("llama", {"ffn": 8, "heads": 1}),
+    ("qwen2", {"query_heads": 2, "ffn": 16}),
+    ("qwen3", {"heads": 1}),
+    ("mistral", {"ffn": 8, "heads": 1}),
+    ("gpt2", {"ffn": 8}),
+    ("t5", {"ffn": 8, "heads": 2}),
+    ("t5", {"qk": 4, "vo": 4}),
+    ("vit", {"hidden": 16, "heads": 2}),
+]
 OWN = [
-    ("vit", {"ffn": (8, 16)}), ("vit", {"vo": 4}), ("bert", {"heads": 2}), ("bert", {"heads": (2, 1), "vo": 3, "ffn": (8, 20)}),
-    ("llama", {"heads": (1, 2)}), ("llama", {"vo": 2, "ffn": 8}), ("gpt2", {"heads": 2, "vo": 4}), ("t5", {"ffn": (8, 16, 8, 16)}),
+    ("vit", {"ffn": (8, 16)}),
+    ("vit", {"vo": 4}),
+    ("bert", {"heads": 2}),
+    ("bert", {"heads": (2, 1), "vo": 3, "ffn": (8, 20)}),
+    ("llama", {"heads": (1, 2)}),
+    ("llama", {"vo": 2, "ffn": 8}),
+    ("gpt2", {"heads": 2, "vo": 4}),
+    ("t5", {"ffn": (8, 16, 8, 16, 8)}),
     ("distilbert", {"heads": 1}),
-]  # fmt: skip
+]
 
 
 def ordered(name, folder=None):
@@ -81,7 +99,9 @@ def test_strangers_load_what_stock_configs_state(tmp_path):
     )
     assert run.returncode == 0, run.stderr
     for folder, logits in expected.items():
-        torch.testing.assert_close(load_file(folder / "outputs.safetensors")["logits"], logits, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            load_file(folder / "outputs.safetensors")["logits"].double(), logits, rtol=1e-5, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize(("name", "cut"), OWN)
@@ -153,7 +173,8 @@ def test_widths_that_are_not_there(tmp_path):
 
 
 @pytest.mark.parametrize("damage", [
-    {"widths": None}, {"widths": {"layers.0.ffn": 0}}, {"widths": {"layers.7.ffn": 8}}, {"widths": {"layers.0.mlp.ffn": 999}},
+    {"widths": None}, {"widths": {"layers.0.ffn": 0}}, {"widths": {"layers.7.ffn": 8}},
+    {"widths": {"layers.0.mlp.ffn": 999}},
     {"format_version": 2}, {"spec": {"format_version": 1, "ffn": -1}}, {"compensated": [3]}, {"reason": 3},
 ])  # fmt: skip
 def test_damaged_records(damage, tmp_path):

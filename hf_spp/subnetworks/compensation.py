@@ -140,6 +140,7 @@ class Projection:
         path: Path of its module.
         member: How the cut channels lie in it.
         kept: The inputs that it keeps.
+        outputs: The outputs that it keeps, None for all.
         routed: Whether tokens are routed to it, so that the two models give it different ones.
     """
 
@@ -147,6 +148,7 @@ class Projection:
     path: str
     member: Member
     kept: Tensor
+    outputs: Tensor | None
     routed: bool
 
 
@@ -220,9 +222,9 @@ def _projections(model: Any, groups: ChannelMap, widths: Widths, kept: Kept) -> 
                 path = member.tensor.rpartition(".")[0]
                 linear = isinstance(model.get_submodule(path), (nn.Linear, Conv1D))
                 if member.stacked or (linear and owners.are_plain(member.tensor)):
-                    found[member.tensor] = Projection(
-                        member.tensor, path, member, kept[member.tensor][member.dim], routed
-                    )
+                    dims = kept[member.tensor]
+                    outputs = next((places for dim, places in dims.items() if dim != member.dim), None)
+                    found[member.tensor] = Projection(member.tensor, path, member, dims[member.dim], outputs, routed)
                 else:
                     kind = type(model.get_submodule(path)).__name__
                     logger.warning(f"{member.tensor} of a {kind} is cut and not compensated: it is no linear layer.")
@@ -267,7 +269,7 @@ def _fit_in_turn(
             for stop, projection in enumerate(logging.tqdm(projections, desc="Compensating", leave=False)):
                 gram = Gram()
                 for uncut, cut in runs:
-                    _, targets = uncut.reach(stop)
+                    targets = _columns(uncut.reach(stop)[1], projection.outputs)
                     _, features = cut.reach(stop)
                     gram.add(features, targets)
                     if features.nbytes * len(runs) * _HELD_TIMES > held_bytes:
@@ -309,17 +311,19 @@ def _fit_alone(
     for one in projections:
         if one.path in grams and grams[one.path].tokens:
             uncut = model.get_submodule(one.path)
-            weight = _inputs_first(uncut, uncut.weight)
-            moments = [
-                _Moments.of_uncut(sums, one.kept, weight, uncut.bias, None) for sums in grams[one.path].all_sums()
-            ]
+            weight = _columns(_inputs_first(uncut, uncut.weight), one.outputs)
+            bias = None if uncut.bias is None else _columns(uncut.bias, one.outputs)
+            moments = [_Moments.of_uncut(sums, one.kept, weight, bias, None) for sums in grams[one.path].all_sums()]
             changed += _refit(small.get_submodule(one.path), one.path, moments, ridge)
         for entries, gram in inner.seen(one.member) if one in stacked else ():
             # Matrices of experts, `[neurons, outputs]`.
             cut, whole = (owner.get_parameter(one.tensor).movedim(one.member.dim, 1) for owner in (small, model))
             for place, entry in enumerate(entries):
                 index = place if len(entries) > 1 else None
-                moments = [_Moments.of_uncut(sums, one.kept, whole[entry], None, index) for sums in gram.all_sums()]
+                moments = [
+                    _Moments.of_uncut(sums, one.kept, _columns(whole[entry], one.outputs), None, index)
+                    for sums in gram.all_sums()
+                ]
                 cut[entry].copy_(_fit(moments, cut[entry].double(), ridge))
             changed.append(one.tensor)
     return changed
@@ -334,6 +338,11 @@ def _refit(layer: Any, path: str, moments: Sequence[_Moments], ridge: float | No
         return [f"{path}.weight"]
     layer.bias.copy_(moments[-1].target_mean - moments[-1].mean @ fitted)
     return [f"{path}.weight", f"{path}.bias"]
+
+
+def _columns(values: Tensor, kept: Tensor | None) -> Tensor:
+    """The kept ones of the last axis."""
+    return values if kept is None else values.index_select(-1, kept.to(values.device))
 
 
 def _inputs_first(layer: nn.Module, weight: Tensor) -> Tensor:

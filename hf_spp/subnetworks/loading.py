@@ -76,6 +76,7 @@ def load_subnetwork(
         SubnetworkError: There is no such width, or the spec does not fit the model.
         HubError: The repo cannot be reached.
     """
+    load_config(repo_or_dir)
     saved = hub.find_files(repo_or_dir, [RECORD_NAME, f"{WIDTHS_FOLDER}/*.safetensors"])
     if RECORD_NAME in saved:
         if width is not None:

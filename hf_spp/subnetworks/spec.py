@@ -25,7 +25,8 @@ from .widths import CUTS, Request, Widths, cut_of, default_multiple, resolve_wid
 FORMAT_VERSION = 1
 SPEC_NAME = "spp_spec.json"
 _UNITS = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12}
-_CALIBRATED = ("activation", "taylor")
+# Changes of the loss compare across layers, what flows through channels does not.
+_COMPARABLE = ("taylor",)
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ class SubnetworkSpec:
     ) -> "SubnetworkSpec":
         """The best slice within a budget.
 
-        With scores of a calibrated metric, which compare across layers, channels are given up where the estimated
+        With scores of the metric `taylor`, which compare across layers, channels are given up where the estimated
         change of the loss per parameter is smallest, in the whole model at once: every layer gets a width of its own.
         Otherwise every layer keeps the same share.
 
@@ -137,7 +138,7 @@ class SubnetworkSpec:
         if allocation == "global" and worth is None:
             raise SubnetworkError(
                 "allocation='global' needs scores that compare across layers, and there are none for every axis. Call "
-                "apply_spp with metric 'taylor' or 'activation' and calibration data, or give its reordering."
+                "apply_spp with metric 'taylor' and calibration data, or give its reordering."
             )
         spec = cls(multiple_of=multiple_of, model_type=model_type_of(inner))
         multiples, count = spec._multiples(inner), ParameterCount(inner, groups, within)
@@ -292,7 +293,7 @@ class _Budget:
 
 def _worth(groups: Sequence[ChannelGroup], reordering: Reordering | None) -> dict[str, Any] | None:
     """What the channel at each place of each group is worth, None if scores do not compare or are not there."""
-    if reordering is None or reordering.config.metric_name not in _CALIBRATED:
+    if reordering is None or reordering.config.metric_name not in _COMPARABLE:
         return None
     if any(group.name not in reordering.orders for group in groups):
         return None
