@@ -8,7 +8,16 @@ from conftest import build_inputs, build_model, outputs_of, relative_difference,
 from transformers import MixtralConfig, MixtralForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from hf_spp import CalibrationError, SPPConfig, SubnetworkSpec, apply_spp, channel_groups, extract_subnetwork
+from hf_spp import (
+    CalibrationError,
+    SPPConfig,
+    SubnetworkError,
+    SubnetworkSpec,
+    apply_spp,
+    channel_groups,
+    extract_subnetwork,
+    subnetwork_view,
+)
 from hf_spp._compat import eager_experts
 from hf_spp.subnetworks import compensation
 from hf_spp.subnetworks.extraction import cut_out
@@ -246,6 +255,19 @@ def routed_states(model, layer, data):
             model(**batch)
     handle.remove()
     return [torch.cat(one) for one in found]
+
+
+def test_fewer_experts(mixture):
+    apply_spp(mixture, SPPConfig(axes=("experts",), verify=False))
+    small = extract_subnetwork(mixture, SubnetworkSpec(experts=3))
+    assert small.config.num_local_experts == 3
+    inputs = {"input_ids": torch.arange(12).reshape(2, 6)}
+    with torch.no_grad(), eager_experts(small):
+        logits = small(**inputs).logits
+    with torch.no_grad(), eager_experts(mixture), subnetwork_view(mixture, SubnetworkSpec(experts=3)):
+        torch.testing.assert_close(mixture(**inputs).logits, logits, rtol=1e-10, atol=1e-10)
+    with pytest.raises(SubnetworkError, match="at least 2"):
+        extract_subnetwork(mixture, SubnetworkSpec(experts=1))
 
 
 @pytest.mark.parametrize(("calibration", "compensate", "words"), [

@@ -65,6 +65,11 @@ class Gram:
         return (*self.halves, self.halves[0] + self.halves[1])
 
 
+def exact(values: Tensor) -> Tensor:
+    """Values in float64, on the CPU where the device has none."""
+    return values.to("cpu" if values.device.type == "mps" else values.device, torch.float64)
+
+
 @dataclass
 class _Sums:
     tokens: int = 0
@@ -74,12 +79,12 @@ class _Sums:
     target_sums: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
 
     def add(self, features: Tensor, targets: Tensor | None) -> None:
-        features = features.double()
+        features = exact(features)
         self.tokens += features.shape[-2]
         self.products = self.products + features.mT @ features
         self.sums = self.sums + features.sum(-2)
         if targets is not None:
-            targets = targets.double()
+            targets = exact(targets)
             self.with_targets = self.with_targets + features.mT @ targets
             self.target_sums = self.target_sums + targets.sum(-2)
 
@@ -324,7 +329,7 @@ def _fit_alone(
                     _Moments.of_uncut(sums, one.kept, _columns(whole[entry], one.outputs), None, index)
                     for sums in gram.all_sums()
                 ]
-                cut[entry].copy_(_fit(moments, cut[entry].double(), ridge))
+                cut[entry].copy_(_fit(moments, exact(cut[entry]), ridge))
             changed.append(one.tensor)
     return changed
 
@@ -332,7 +337,7 @@ def _fit_alone(
 def _refit(layer: Any, path: str, moments: Sequence[_Moments], ridge: float | None) -> list[str]:
     """Write the weights, and the bias if there is one, that fit best; the names of what was written."""
     weight = _inputs_first(layer, layer.weight)
-    fitted = _fit(moments, weight.double(), ridge)
+    fitted = _fit(moments, exact(weight), ridge)
     weight.copy_(fitted)
     if layer.bias is None:
         return [f"{path}.weight"]

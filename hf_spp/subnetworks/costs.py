@@ -88,12 +88,14 @@ class ParameterCount:
         self._groups = groups
         self._shapes = {name: tuple(tensor.shape) for name, tensor in tensors_of(model).items()}
         prefix = f"{within}." if within else ""
-        self._counted = [name for name, _ in model.named_parameters() if name.startswith(prefix)]
+        self._counted = {name: one.numel() for name, one in model.named_parameters() if name.startswith(prefix)}
+        self._whole = sum(self._counted.values())
 
     def __call__(self, widths: Widths) -> int:
         """Parameters at some widths."""
         kept = kept_places(self._groups, widths, self._shapes)
-        return sum(count_kept(self._shapes[name], kept.get(name, {})) for name in self._counted)
+        gone = (self._counted[n] - count_kept(self._shapes[n], dims) for n, dims in kept.items() if n in self._counted)
+        return self._whole - sum(gone)
 
 
 def count_kept(shape: Sequence[int], dims: Mapping[int, Tensor]) -> int:

@@ -23,5 +23,6 @@ NEURONS = (
     "moe_intermediate_size", "hidden_features",
 )  # fmt: skip
 EXPERTS = ("num_experts", "moe_num_experts", "n_routed_experts", "num_local_experts", "n_experts")
-CHOSEN_EXPERTS = ("top_k", "num_experts_per_tok", "moe_top_k", "num_selected_experts")
+# Experts that a router chooses for each token.
+CHOSEN_EXPERTS = ("top_k", "num_experts_per_tok", "moe_top_k", "num_selected_experts", "k")
 STREAM = ("hidden_size", "embed_dim", "d_model", "dim", "normalized_shape", "weight_shape")

@@ -97,6 +97,7 @@ def find_edits(model: nn.Module, groups: ChannelMap, widths: Widths) -> Edits:
     Raises:
         SubnetworkError: A module computes with its parameters in a way that the cut would break.
     """
+    check_experts(model, groups, widths)
     shapes = {name: tuple(tensor.shape) for name, tensor in _tensors(model).items()}
     in_head = {group.name for group in groups if group.axis in IN_HEAD}
     outer = kept_places(groups, {name: width for name, width in widths.items() if name not in in_head}, shapes)
@@ -106,11 +107,32 @@ def find_edits(model: nn.Module, groups: ChannelMap, widths: Widths) -> Edits:
     padded, selected = _in_head_hooks(model, rows, kept, outer, shapes)
     attributes: dict[str, dict[str, Any]] = defaultdict(dict)
     for path, name, value in (
-        *_layer_attributes(model, kept, shapes, {*padded, *selected}),
+        *_layer_attributes(model, kept, shapes),
         *_unit_attributes(model, groups, widths, outer, shapes),
     ):
         attributes[path][name] = value
     return Edits(kept, attributes, padded, selected)
+
+
+def check_experts(model: nn.Module, groups: ChannelMap, widths: Widths) -> None:
+    """Refuse to leave fewer experts than a router chooses for each token.
+
+    Raises:
+        SubnetworkError: A router chooses more.
+    """
+    for group in groups:
+        if group.axis != "experts" or group.name not in widths:
+            continue
+        left = group.blocks * widths[group.name]
+        around = [path.rpartition(".")[0] for path in (*group.owners, *(member.tensor for member in group.members))]
+        for path in dict.fromkeys([*group.owners, *around]):
+            for name in counts.CHOSEN_EXPERTS:
+                chosen = vars(model.get_submodule(path)).get(name)
+                if isinstance(chosen, int) and not isinstance(chosen, bool) and chosen > left:
+                    raise SubnetworkError(
+                        f"experts={widths[group.name]} leaves {left} experts at {group.name}, whose router chooses "
+                        f"{chosen} for each token. Keep at least {chosen}."
+                    )
 
 
 @contextmanager
@@ -194,7 +216,7 @@ def _in_head_hooks(
 
 
 def _layer_attributes(
-    model: nn.Module, kept: Kept, shapes: Mapping[str, Sequence[int]], also: set[str]
+    model: nn.Module, kept: Kept, shapes: Mapping[str, Sequence[int]]
 ) -> Iterator[tuple[str, str, Any]]:
     """New sizes of the layers whose weights get shorter."""
     first = {id(tensor): name for name, tensor in _tensors(model).items()}
@@ -227,11 +249,6 @@ def _unit_attributes(
                     value = vars(modules[path]).get(name)
                     if isinstance(value, int) and not isinstance(value, bool) and value == before:
                         yield path, name, after
-                    elif name == "top_k" and isinstance(value, int) and value > after:
-                        raise SubnetworkError(
-                            f"experts={after} is asked for {group.name}, whose router chooses {value} for each token. "
-                            f"Keep at least {value} experts."
-                        )
 
 
 def _counts(
@@ -242,8 +259,7 @@ def _counts(
     if group.axis == "ffn":
         return [(counts.NEURONS, group.size, width)]
     if group.axis == "experts":
-        total = group.blocks * width
-        return [(counts.EXPERTS, group.channels, total), (("top_k",), -1, total)]
+        return [(counts.EXPERTS, group.channels, group.blocks * width)]
     if group.axis == "hidden":
         return [(counts.STREAM, group.size, width)]
     heads = groups.by_name[group.parent] if group.parent else group

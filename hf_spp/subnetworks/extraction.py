@@ -21,7 +21,7 @@ from ..reordering import Reordering, check_writable, total_of
 from ..structure import inner_model, is_sharded, tuner_layers
 from .compensation import compensate as refit
 from .costs import tensors_of
-from .edits import Edits, find_edits, narrowed_model
+from .edits import Edits, check_experts, find_edits, narrowed_model
 from .record import SubnetworkRecord, note_record, record_of
 from .spec import SubnetworkSpec
 from .stock import query_factors, stock_model
@@ -200,6 +200,7 @@ def cut_out(model: Any, groups: ChannelMap, widths: Widths) -> tuple[Any, Kept, 
         widths: Channels kept in each block, by name of the groups that are cut.
     """
     model = inner_model(model)
+    check_experts(model, groups, widths)
     found = stock_model(model, groups, widths)
     if isinstance(found, str):
         edits = find_edits(model, groups, widths)
