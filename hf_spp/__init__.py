@@ -30,11 +30,20 @@ from .version import __version__
 if TYPE_CHECKING:
     from .architectures import AttentionPattern, FeedForwardPattern, channel_groups, register_architecture
     from .callback import SPPCallback
+    from .cards.width_results import WidthReport
     from .channels import ChannelGroup, ChannelMap, Member, Refusal
     from .comparison.evaluation import compare_methods
     from .config import SPPConfig
+    from .curves.measurement import width_report
     from .reordering import Reordering
-    from .subnetworks import SubnetworkSpec, extract_subnetwork, load_subnetwork, save_width, subnetwork_view
+    from .subnetworks import (
+        ElasticTrainer,
+        SubnetworkSpec,
+        extract_subnetwork,
+        load_subnetwork,
+        save_width,
+        subnetwork_view,
+    )
     from .transform import apply_spp
 
 __all__ = [
@@ -48,6 +57,7 @@ __all__ = [
     "ChannelMap",
     "CheckpointError",
     "DatasetError",
+    "ElasticTrainer",
     "EqualFunctionError",
     "ExampleInputsError",
     "FeedForwardPattern",
@@ -68,6 +78,7 @@ __all__ = [
     "SubnetworkSpec",
     "UnsupportedArchitectureError",
     "UnsupportedModelError",
+    "WidthReport",
     "__version__",
     "apply_spp",
     "channel_groups",
@@ -77,6 +88,7 @@ __all__ = [
     "register_architecture",
     "save_width",
     "subnetwork_view",
+    "width_report",
 ]
 
 # What needs torch is imported when it is first used, so that the command line answers at once.
@@ -84,6 +96,7 @@ _HOMES = {
     "AttentionPattern": "architectures",
     "ChannelGroup": "channels",
     "ChannelMap": "channels",
+    "ElasticTrainer": "subnetworks",
     "FeedForwardPattern": "architectures",
     "Member": "channels",
     "Refusal": "channels",
@@ -91,6 +104,7 @@ _HOMES = {
     "SPPCallback": "callback",
     "SPPConfig": "config",
     "SubnetworkSpec": "subnetworks",
+    "WidthReport": "cards.width_results",
     "apply_spp": "transform",
     "channel_groups": "architectures",
     "compare_methods": "comparison.evaluation",
@@ -99,6 +113,7 @@ _HOMES = {
     "register_architecture": "architectures",
     "save_width": "subnetworks",
     "subnetwork_view": "subnetworks",
+    "width_report": "curves.measurement",
 }
 
 

@@ -16,7 +16,18 @@ from rich.markup import escape
 from typer.core import TyperGroup
 
 from .errors import CalibrationError, SPPConfigError, SPPError
-from .terminal import err, out, show_comparison, show_families, show_map, show_places, show_verification, working
+from .terminal import (
+    err,
+    out,
+    show_comparison,
+    show_families,
+    show_map,
+    show_places,
+    show_slice,
+    show_verification,
+    show_widths,
+    working,
+)
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -25,6 +36,9 @@ if TYPE_CHECKING:
 
 DEMO_FOLDER = Path("spp-demo")
 COMPARISON_FOLDER = Path("spp-comparison")
+WIDTHS_FOLDER = Path("spp-widths")
+WIDTHS = ("0.25", "0.5", "0.75")
+CALIBRATION_BATCH = 32
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
@@ -92,6 +106,12 @@ Model = Annotated[
 ]
 Seed = Annotated[int, typer.Option(help="Seed of every run.", min=0)]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what lies there.")]
+Reordered = Annotated[
+    str, typer.Argument(metavar="DIR", help="Folder or Hub id of a reordered checkpoint.", show_default=False)
+]
+ImageSize = Annotated[
+    int | None, typer.Option(help="Side in pixels; the preset's, or the model's own, if not given.", min=1)
+]
 
 
 def _examples(*lines: str) -> str:
@@ -231,11 +251,7 @@ def reorder(
 
 
 @app.command(epilog=_examples("hf-spp verify ./vit-spp"))
-def verify(
-    folder: Annotated[
-        str, typer.Argument(metavar="DIR", help="Folder or Hub id of a reordered checkpoint.", show_default=False)
-    ],
-) -> None:
+def verify(folder: Reordered) -> None:
     """Check a reordered checkpoint: its files, and that it computes the same.
 
     The order is undone in memory and the outputs are compared. Exit code 1 says that they differ.
@@ -246,6 +262,119 @@ def verify(
     show_verification(found)
     if not found.equal:
         raise typer.Exit(FAILED)
+
+
+@app.command(
+    "slice",
+    epilog=_examples(
+        "hf-spp slice ./vit-spp ./vit-half --width 0.5",
+        "hf-spp slice ./vit-spp ./vit-11m --params 11M --dataset cifar10",
+    ),
+)
+def cut(
+    source: Reordered,
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.", show_default=False)],
+    width: Annotated[
+        float | None, typer.Option(help="Share of the neurons and heads of every layer.", min=0, max=1)
+    ] = None,
+    params: Annotated[str | None, typer.Option(help="Parameters that may stay, such as 11M.")] = None,
+    fraction: Annotated[float | None, typer.Option(help="Share of the parameters that may stay.", min=0, max=1)] = None,
+    flops: Annotated[str | None, typer.Option(help="FLOPs for each token or sample, such as 2G.")] = None,
+    latency_ms: Annotated[float | None, typer.Option(help="Milliseconds of a forward pass on this machine.")] = None,
+    spec: Annotated[Path | None, typer.Option(help="File that SubnetworkSpec.save wrote.", dir_okay=False)] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="Data to compensate on, by a name as for compare; labels are not used.")
+    ] = None,
+    calibration_samples: Annotated[int, typer.Option(help="Examples to compensate on.", min=1)] = 512,
+    image_size: ImageSize = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Cut a smaller model out of a reordered checkpoint.
+
+    Say how much stays by exactly one of --width, … and --spec.
+
+    With --dataset the layers behind what was cut are refitted, without training.
+    """
+    budgets = {"params": params, "fraction": fraction, "flops": flops, "latency_ms": latency_ms}
+    stated = _given({"width": width, **budgets, "spec": spec})
+    if len(stated) != 1:
+        options = [f"--{name.replace('_', '-')}" for name in ("width", *budgets, "spec")]
+        raise SPPConfigError(
+            f"slice got {' and '.join('--' + name.replace('_', '-') for name in stated) or 'no width'}. Accepted: "
+            f"exactly one of {', '.join(options)}. {'Leave out the others' if stated else 'Give --width 0.5'}."
+        )
+    with working("Starting"):
+        from .checkpoint import check_replaceable
+        from .curves.checkpoints import load_reordered, save_slice
+        from .curves.named_data import load_named_data
+        from .subnetworks import SubnetworkSpec, extract_subnetwork
+    check_replaceable(target, overwrite=overwrite)
+    chosen = None if spec is None else SubnetworkSpec.load(spec)
+    model = load_reordered(source)
+    data = None if dataset is None else load_named_data(dataset, source, image_size=image_size)
+    with working(f"Cutting {type(model).__name__}"):
+        if width is not None:
+            chosen = SubnetworkSpec.uniform(model, width)
+        elif chosen is None:
+            inputs = None if data is None else data.example_inputs()
+            chosen = SubnetworkSpec.from_budget(model, **_given(budgets), example_inputs=inputs)
+        batches = None if data is None else data.calibration_batches(calibration_samples, CALIBRATION_BATCH)
+        small = extract_subnetwork(model, chosen, calibration=batches)
+        saved = save_slice(model, small, source, target, overwrite=overwrite)
+    show_slice(saved, dataset)
+
+
+@app.command(
+    epilog=_examples(
+        "hf-spp curve ./spp-demo/checkpoint --dataset fashion-mnist --max-eval-samples 500",
+        "hf-spp curve ./my-model-spp --dataset stanfordnlp/sst2 --widths 0.5,0.75 --out ./widths",
+    )
+)
+def curve(
+    source: Reordered,
+    dataset: Annotated[str, typer.Option(help="Name of a data set as for compare.", show_default=False)],
+    widths: Annotated[
+        list[str] | None, typer.Option(help="Shares of the neurons and heads of every layer; 0.25,0.5,0.75.")
+    ] = None,
+    folder: Annotated[Path, typer.Option("--out", help="Folder of the results.", file_okay=False)] = WIDTHS_FOLDER,
+    batch_size: Annotated[int, typer.Option(help="Examples in a batch, which is also timed.", min=1)] = 16,
+    image_size: ImageSize = None,
+    max_eval_samples: Annotated[int | None, typer.Option(help="Most examples to evaluate on.", min=1)] = None,
+    calibration_samples: Annotated[int, typer.Option(help="Examples to compensate on; 0 for none.", min=0)] = 512,
+    latency_runs: Annotated[int, typer.Option(help="Timed forward passes for each width; 0 for none.", min=0)] = 10,
+) -> None:
+    """Measure what each width of a reordered checkpoint is worth and costs.
+
+    Plain and compensated slices, beside slices in random order: quality, size, time.
+
+    Quality is accuracy and F1, perplexity, or without a head the cosine to DIR.
+
+    The card of a local DIR gets a section with the table and the plots.
+    """
+    with working("Starting"):
+        from .cards.reports import CARD_NAME
+        from .cards.width_results import check_report_folder
+        from .curves.checkpoints import load_reordered
+        from .curves.measurement import width_report
+        from .curves.named_data import load_named_data
+    check_report_folder(folder)
+    shares = [_share(text) for text in _split(widths) or WIDTHS]
+    model = load_reordered(source)
+    data = load_named_data(dataset, source, image_size=image_size, max_eval_samples=max_eval_samples)
+    with working("Preparing the data"):
+        batches = list(data.evaluation_batches(model, batch_size))
+        calibration = data.calibration_batches(calibration_samples, CALIBRATION_BATCH)
+    report = width_report(
+        model,
+        batches,
+        shares,
+        calibration=calibration or None,
+        latency_runs=latency_runs,
+        dataset_name=dataset,
+        output_dir=folder,
+    )
+    has_card = (Path(source) / CARD_NAME).is_file()
+    show_widths(report, folder, report.add_to_card(source) if has_card else None)
 
 
 @app.command(epilog=_examples("hf-spp card ./spp-demo", "hf-spp card ./my-model --base google/vit-base-patch16-224"))
@@ -314,6 +443,15 @@ def main() -> None:
 
 def _split(values: list[str] | None) -> list[str]:
     return [part.strip() for value in values or () for part in value.split(",") if part.strip()]
+
+
+def _share(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise SPPConfigError(
+            f"--widths has {text!r}. Accepted: shares above 0 and up to 1, such as 0.25,0.5,0.75. Correct it."
+        ) from error
 
 
 def _given(values: dict[str, Any]) -> dict[str, Any]:

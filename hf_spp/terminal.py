@@ -20,8 +20,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from .cards.results import ComparisonResults
+    from .cards.width_results import WidthReport
     from .channels import ChannelMap, Refusal
     from .conversion import Verification
+    from .curves.checkpoints import SavedSlice
     from .support.families import Families, Row
 
 VERDICT_STYLES = {"yes": "green", "part": "yellow", "no": "red"}
@@ -83,6 +85,59 @@ def show_comparison(results: "ComparisonResults", saved: Path | None) -> None:
             "Results": [folder / RESULTS_NAME],
             "Checkpoint": [] if saved is None else [saved],
             "Check it": [] if saved is None else [f"hf-spp verify {saved}"],
+        }
+    )
+
+
+def show_slice(saved: "SavedSlice", dataset: str | None) -> None:
+    """Print what was cut, what is left, and who can load it."""
+    from .cards.width_rows import megabytes
+
+    (before, after), sizes = saved.parameters, [megabytes(size) for size in saved.bytes]
+    out().print(Text(f"What stays of {saved.model_class}", style="bold"))
+    table = Table("Axis")
+    for column in ("Groups", "Kept", "Of"):
+        table.add_column(column, justify="right")
+    for axis, (groups, channels, fewest, most) in saved.cuts.items():
+        kept = f"{fewest:,}" if fewest == most else f"{fewest:,}–{most:,}"
+        table.add_row(axis, f"{groups:,}", kept, f"{channels:,}")
+    out().print(table)
+    share = f"{100 * after / before:.1f} %"
+    out().print(f"Parameters {before:,} → {after:,} ({share}), {' → '.join(sizes)} MB")
+    if dataset is None:
+        out().print("Not compensated; --dataset NAME refits the layers behind what was cut.")
+    else:
+        out().print(f"Compensated on {escape(dataset)}: {saved.compensated} layers refitted.")
+    if saved.reason is None:
+        call = f"{saved.model_class}.from_pretrained({str(saved.folder)!r})"
+        text = Text.assemble(("Stock transformers loads it: ", "bold green"), call)
+    else:
+        call = f"hf_spp.load_subnetwork({str(saved.folder)!r})"
+        text = Text.assemble(("Needs hf_spp to load: ", "bold yellow"), call, f"\nbecause {saved.reason}")
+    out().print(text, soft_wrap=True)
+    show_places({"Checkpoint": [saved.folder]})
+
+
+def show_widths(report: "WidthReport", folder: Path, card: Path | None) -> None:
+    """Print the table of a width report, how it was measured, and where everything lies."""
+    from .cards.results import RESULTS_NAME
+    from .cards.width_results import PLOTS
+    from .cards.width_rows import metrics_caption, width_cells
+    from .cards.width_section import measured_how
+
+    header, body, labels = width_cells(report.rows)
+    table = Table(title=metrics_caption(report.rows), title_justify="left", title_style="bold")
+    for number, name in enumerate(header):
+        table.add_column(escape(name), justify="left" if number < labels else "right")
+    for line in body:
+        table.add_row(*map(escape, line))
+    out().print(table)
+    out().print(Text(measured_how(report.rows, report.settings)[0], style="dim"))
+    show_places(
+        {
+            "Card": [] if card is None else [card],
+            "Plots": [folder / name for name in PLOTS.values() if (folder / name).is_file()],
+            "Results": [folder / RESULTS_NAME],
         }
     )
 

@@ -278,7 +278,7 @@ def test_mode_dtype_and_attention_are_those_of_the_model():
     ("llama", {"query_heads": 2}, {"num_attention_heads": 4, "num_key_value_heads": 2}),
     ("t5", {"heads": 1, "ffn": 8}, {"num_heads": 1, "d_ff": 8}),
     ("gpt2", {"ffn": 8}, {"n_inner": 8}),
-    ("bert", {"heads": 2, "hidden": 16, "ffn": 8}, {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 8}),
+    ("bert", {"heads": 2, "hidden": 16}, {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 20}),
 ])  # fmt: skip
 def test_the_config_states_the_sizes(name, cut, fields):
     model, inputs = ordered(name)

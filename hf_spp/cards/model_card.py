@@ -28,6 +28,7 @@ from .card_header import (
     split_card,
     task_of,
 )
+from .card_sections import replace_section
 from .result_rows import (
     METHODS,
     METRICS,
@@ -285,7 +286,7 @@ def update_card_with_evaluation(
     template = _template()
     context = template.new_context(_evaluation_context(rows, settings or {}, method, fine_tuned))
     section = "".join(template.blocks["evaluation"](context)).strip("\n")
-    return join_card(patch_header(header, values), _replace_section(body, section))
+    return join_card(patch_header(header, values), replace_section(body, section, SECTION_START, SECTION_END))
 
 
 def task_of_class(model_class: str) -> str:
@@ -378,21 +379,6 @@ def _settings_lines(settings: Mapping[str, Any]) -> list[str]:
 
 def _versions_line(versions: Mapping[str, Any]) -> str:
     return ", ".join(f"{plain(name)} {plain(version)}" for name, version in versions.items())
-
-
-def _replace_section(body: str, section: str) -> str:
-    starts, ends = (
-        list(re.finditer(rf"^{re.escape(marker)}[ \t]*$", body, flags=re.MULTILINE))
-        for marker in (SECTION_START, SECTION_END)
-    )
-    if not starts and not ends:
-        return f"{body.rstrip()}\n\n{section}\n"
-    if len(starts) != 1 or len(ends) != 1 or starts[0].start() > ends[0].start():
-        raise CardError(
-            f"The card holds {len(starts)} lines '{SECTION_START}' and {len(ends)} lines '{SECTION_END}'. "
-            "Accepted: none, or one of each in this order. Remove the stray ones."
-        )
-    return body[: starts[0].start()] + section + body[ends[0].end() :]
 
 
 def _check_hub_ids(name: str, *identifiers: str | None) -> None:

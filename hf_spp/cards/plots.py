@@ -24,7 +24,7 @@ from .result_rows import METHODS, Row, check_rows, model_label
 Curve = NDArray[np.float64]
 
 # Okabe and Ito's palette: told apart with every common form of colour blindness, and in print by lightness.
-_COLORS = {
+COLORS = {
     "original": "#6e6e6e",
     "pruning-rank": "#d55e00",
     "random": "#e69f00",
@@ -33,8 +33,8 @@ _COLORS = {
 }
 _DPI = 200
 _WIDTH = 8.3
-_INK = "#222222"
-_FAINT = "#d9d9d9"
+INK = "#222222"
+FAINT = "#d9d9d9"
 # The bright end of viridis is unreadable on white.
 _DEPTH = LinearSegmentedColormap.from_list("depth", colormaps["viridis"](np.linspace(0.0, 0.88, 256)))
 _RESOLUTION = 400
@@ -84,7 +84,7 @@ def method_bars(rows: Sequence[Row]) -> bytes:
         clusters.setdefault(name, {}).setdefault(row["method"], []).append(100 * row["accuracy"])
     methods = [method for method in METHODS if any(method in cluster for cluster in clusters.values())]
 
-    figure = _figure(3.6)
+    figure = new_figure(3.6)
     axes = figure.add_subplot()
     width = 0.8 / max(len(methods), 3)
     font_size = min(9.0, 95 / (len(methods) * len(clusters)) + 3.0)
@@ -94,13 +94,13 @@ def method_bars(rows: Sequence[Row]) -> bytes:
         means = [float(np.mean(value)) for value in values]
         spreads = [float(np.std(value, ddof=1)) if len(value) > 1 else 0.0 for value in values]
         at = [place + (number - (len(methods) - 1) / 2) * width for place in places]
-        axes.bar(at, means, width * 0.92, color=_COLORS[method], label=METHODS[method], zorder=2)
+        axes.bar(at, means, width * 0.92, color=COLORS[method], label=METHODS[method], zorder=2)
         for x, mean, spread in zip(at, means, spreads, strict=True):
             if spread:
-                axes.errorbar(x, mean, spread, color=_INK, linewidth=1, capsize=2.5, zorder=3)
-            label = axes.text(x, mean + spread + 1.2, f"{mean:.1f}", ha="center", fontsize=font_size, color=_INK)
+                axes.errorbar(x, mean, spread, color=INK, linewidth=1, capsize=2.5, zorder=3)
+            label = axes.text(x, mean + spread + 1.2, f"{mean:.1f}", ha="center", fontsize=font_size, color=INK)
             label.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
-    _style(axes)
+    style_axes(axes)
     axes.set_xticks(range(len(clusters)), list(clusters), fontsize=10 if len(clusters) < 6 else 8)
     axes.tick_params(axis="x", length=0)
     margin = 0.55 if len(clusters) > 1 else 0.9
@@ -108,12 +108,12 @@ def method_bars(rows: Sequence[Row]) -> bytes:
     axes.set_ylim(0, 108)
     axes.set_yticks(range(0, 101, 20))
     axes.yaxis.set_major_formatter(PercentFormatter(decimals=0))
-    axes.set_ylabel("Accuracy", fontsize=10, color=_INK)
-    axes.grid(axis="y", color=_FAINT, linewidth=0.7, zorder=0)
+    axes.set_ylabel("Accuracy", fontsize=10, color=INK)
+    axes.grid(axis="y", color=FAINT, linewidth=0.7, zorder=0)
     figure.legend(
         loc="outside upper center", ncols=len(methods), frameon=False, fontsize=10, handlelength=1.0, handleheight=1.0
     )
-    return _png(figure)
+    return as_png(figure)
 
 
 def saliency_spectrum(scores: Mapping[str, Tensor], groups: Sequence[GroupLike]) -> bytes:
@@ -144,39 +144,39 @@ def saliency_spectrum(scores: Mapping[str, Tensor], groups: Sequence[GroupLike])
     columns = 2 if len(panels) == 4 else min(len(panels), _PANELS_PER_LINE)
     lines = math.ceil(len(panels) / columns)
 
-    figure = _figure(0.5 + 2.7 * lines)
+    figure = new_figure(0.5 + 2.7 * lines)
     drawn = []
     for number, (axis, panel) in enumerate(panels.items()):
         axes = figure.add_subplot(lines, columns, number + 1)
         drawn.append(axes)
         for layer, curves in sorted(panel.items(), key=lambda item: -1 if item[0] is None else item[0]):
             curve = np.mean(curves, axis=0)
-            color = _INK if layer is None else _DEPTH(norm(layer))
+            color = INK if layer is None else _DEPTH(norm(layer))
             axes.plot(
                 np.linspace(0, 1, _RESOLUTION), curve / (curve.max() or 1.0), color=color, linewidth=1.3, alpha=0.9
             )
-        _style(axes)
-        axes.set_title(axis, fontsize=11, color=_INK, loc="left", fontweight="bold")
+        style_axes(axes)
+        axes.set_title(axis, fontsize=11, color=INK, loc="left", fontweight="bold")
         axes.set_xlim(0, 1)
         axes.set_ylim(0, 1.03)
         axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         axes.set_xticks([0, 0.25, 0.5, 0.75, 1])
         axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
-        axes.grid(color=_FAINT, linewidth=0.6, zorder=0)
+        axes.grid(color=FAINT, linewidth=0.6, zorder=0)
         if number % columns:
             axes.tick_params(axis="y", labelleft=False)
         else:
-            axes.set_ylabel("Saliency / largest", fontsize=10, color=_INK)
+            axes.set_ylabel("Saliency / largest", fontsize=10, color=INK)
         if number + columns >= len(panels):
-            axes.set_xlabel("Channels, most salient first", fontsize=10, color=_INK)
+            axes.set_xlabel("Channels, most salient first", fontsize=10, color=INK)
     if len(set(depths)) > 1:
         bar = figure.colorbar(ScalarMappable(norm, _DEPTH), ax=drawn, aspect=30, pad=0.015)
-        bar.set_label("Layer", fontsize=10, color=_INK)
+        bar.set_label("Layer", fontsize=10, color=INK)
         bar.locator = MaxNLocator(nbins=8, integer=True)
         bar.update_ticks()
-        bar.ax.tick_params(labelsize=9, length=2, colors=_INK)
+        bar.ax.tick_params(labelsize=9, length=2, colors=INK)
         bar.outline.set_visible(False)
-    return _png(figure)
+    return as_png(figure)
 
 
 def _curve(scores: Mapping[str, Tensor], group: GroupLike) -> Curve:
@@ -203,19 +203,22 @@ def _curve(scores: Mapping[str, Tensor], group: GroupLike) -> Curve:
     return np.interp(np.linspace(0, 1, _RESOLUTION), np.linspace(0, 1, group.size), curve)
 
 
-def _figure(height: float) -> Figure:
+def new_figure(height: float) -> Figure:
+    """An empty figure, as wide as a card, of a height in inches."""
     layout = ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08, wspace=0.05, hspace=0.06)
     return Figure(figsize=(_WIDTH, height), dpi=_DPI, layout=layout, facecolor="white")
 
 
-def _style(axes: Axes) -> None:
+def style_axes(axes: Axes) -> None:
+    """Give axes the look of all plots."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color("#888888")
-    axes.tick_params(labelsize=9, length=3, colors=_INK)
+    axes.tick_params(labelsize=9, length=3, colors=INK)
     axes.set_axisbelow(True)
 
 
-def _png(figure: Figure) -> bytes:
+def as_png(figure: Figure) -> bytes:
+    """A figure as the bytes of a PNG."""
     drawn, buffer = io.BytesIO(), io.BytesIO()
     figure.savefig(drawn, format="png", dpi=_DPI)
     picture = Image.open(drawn).convert("RGB")

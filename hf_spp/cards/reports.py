@@ -17,6 +17,7 @@ from .card_header import name_of, read_header, split_card
 from .model_card import TAGS, CardContent, license_of, render_card, task_of_class, update_card_with_evaluation
 from .result_rows import unique
 from .results import RESULTS_NAME, ComparisonResults, load_results
+from .width_section import keep_widths
 
 logger = logging.get_logger(__name__)
 
@@ -75,7 +76,7 @@ def write_card(
     theirs = earlier is not None and not _is_ours(earlier)
     if home is not None and (overwrite or not theirs):
         content = _content(folder, home, None if theirs else earlier, results, source, fine_tuned)
-        return checkpoint.write_text(path, str(render_card(content)))
+        return checkpoint.write_text(path, keep_widths(str(render_card(content)), earlier or ""))
     if results is None:
         raise CardError(
             f"'{path}' was not written by hf_spp. Accepted: no card, or one of hf_spp's. Move it away, or allow it to "

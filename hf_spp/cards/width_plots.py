@@ -7,10 +7,10 @@ from typing import Any, Literal
 
 from matplotlib.axes import Axes
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, PercentFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
 from ..errors import CardError
-from .plots import _COLORS, _FAINT, _INK, _figure, _png, _style
+from .plots import COLORS, FAINT, INK, as_png, new_figure, style_axes
 from .result_rows import unique
 from .width_rows import KINDS, METRIC_NAMES, PERCENT, Row, metric_values, metrics_of
 
@@ -24,6 +24,8 @@ _MOST_PANELS = 3
 _SHORT = 8
 # Values that span more than this are drawn on a logarithmic scale, if none is zero or below.
 _WIDE = 20.0
+# Up to this span such a scale has marks between the powers of ten.
+_DECADES = 1000.0
 _UNITS = ((1e9, "billion"), (1e6, "million"), (1e3, "thousand"), (1.0, ""))
 
 
@@ -62,34 +64,34 @@ def quality_curve(rows: Sequence[Row], against: Against) -> bytes:
             f"rows in quality_curve hold nothing to draw against {against}. Accepted: rows of a width report with at "
             "least one width and one metric. Measure first."
         )
-    figure = _figure(3.9 if len(panels) < _MOST_PANELS else 3.4)
+    figure = new_figure(3.9 if len(panels) < _MOST_PANELS else 3.4)
     styles = _styles(kinds)
     for number, (metric, batch) in enumerate(panels):
         axes = figure.add_subplot(1, len(panels), number + 1)
         cost, label = _cost(rows, against, batch)
         for kind in reversed(kinds):
-            _line(axes, _points(rows, kind, metric, cost), styles[kind], named=kind == kinds[0])
+            _line(axes, _points(rows, kind, metric, cost), styles[kind])
+        _name_widths(axes, _points(rows, kinds[0], metric, cost), styles[kinds[0]]["color"])
         for point in _points(rows, "full", metric, cost):
-            axes.axhline(point.quality, color=_COLORS["original"], linewidth=0.9, linestyle=":", zorder=1)
-            _bars(axes, point, _COLORS["original"])
+            axes.axhline(point.quality, color=COLORS["original"], linewidth=0.9, linestyle=":", zorder=1)
             axes.plot(point.cost, point.quality, **styles["full"])
-        _style(axes)
+        style_axes(axes)
         _scale(axes, rows, metric)
-        axes.set_xlabel(label, fontsize=10, color=_INK)
+        axes.set_xlabel(label, fontsize=10, color=INK)
         if number == 0 or panels[number - 1][0] != metric:
             name = METRIC_NAMES.get(metric, metric)
-            axes.set_ylabel(name[:1].upper() + name[1:], fontsize=10, color=_INK)
-    for kind in (*kinds, "full"):
+            axes.set_ylabel(name[:1].upper() + name[1:], fontsize=10, color=INK)
+    for kind in kinds:
         axes.plot([], [], label=KINDS[kind], **styles[kind])
     figure.legend(
         *axes.get_legend_handles_labels(),
         loc="outside upper center",
-        ncols=len(kinds) + 1,
+        ncols=len(kinds),
         frameon=False,
         fontsize=10,
         handlelength=2.4,
     )
-    return _png(figure)
+    return as_png(figure)
 
 
 def _panels(rows: Sequence[Row], against: Against) -> list[tuple[str, int | None]]:
@@ -105,19 +107,19 @@ def _panels(rows: Sequence[Row], against: Against) -> list[tuple[str, int | None
 def _styles(kinds: Sequence[str]) -> dict[str, dict[str, Any]]:
     """How each kind is drawn. Where one order has one line only, there is nothing to tell it from."""
     styles: dict[str, dict[str, Any]] = {
-        "full": {"color": _COLORS["original"], "linestyle": "none", "marker": "D", "markersize": 7, "zorder": 5}
+        "full": {"color": COLORS["original"], "linestyle": "none", "marker": "D", "markersize": 7, "zorder": 5}
     }
     for kind in kinds:
         order = _ORDERS[kind]
         plain = kind in ("plain", "random") and any(_ORDERS[other] == order for other in kinds if other != kind)
         styles[kind] = {
-            "color": _COLORS[order],
+            "color": COLORS[order],
             "linestyle": "--" if plain else "-",
             "linewidth": 1.8,
             "marker": _MARKS[order],
             "markersize": 6,
             "markeredgewidth": 1.5,
-            "markerfacecolor": "white" if plain else _COLORS[order],
+            "markerfacecolor": "white" if plain else COLORS[order],
             "zorder": 3,
         }
     return styles
@@ -154,38 +156,48 @@ def _points(rows: Sequence[Row], kind: str, metric: str, cost: Cost) -> list[_Po
     return sorted(points, key=lambda point: point.cost)
 
 
-def _line(axes: Axes, points: Sequence[_Point], style: Mapping[str, Any], *, named: bool) -> None:
+def _line(axes: Axes, points: Sequence[_Point], style: Mapping[str, Any]) -> None:
     axes.plot([point.cost for point in points], [point.quality for point in points], **style)
     for point in points:
-        _bars(axes, point, style["color"])
-        if named and len(point.width) <= _SHORT:
+        if point.deviation:
+            axes.errorbar(
+                point.cost,
+                point.quality,
+                point.deviation,
+                color=style["color"],
+                linewidth=1,
+                capsize=2.5,
+                zorder=2,
+                linestyle="",
+            )
+
+
+def _name_widths(axes: Axes, points: Sequence[_Point], color: str) -> None:
+    """Write widths beside their points, on the side that the line leaves free, and show the range of their costs."""
+    falls = bool(points) and points[0].quality > points[-1].quality
+    for point in points:
+        low, high = point.costs
+        if high > low:
+            axes.plot([low, high], [point.quality] * 2, color=color, linewidth=4, alpha=0.25, zorder=2)
+        if len(point.width) <= _SHORT:
             text = axes.annotate(
                 point.width,
                 (point.cost, point.quality),
-                (0, 8),
+                (0, -9 if falls else 9),
                 textcoords="offset points",
                 ha="center",
+                va="top" if falls else "bottom",
                 fontsize=9,
-                color=_INK,
+                color=INK,
                 zorder=6,
             )
             text.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
 
 
-def _bars(axes: Axes, point: _Point, color: str) -> None:
-    low, high = point.costs
-    if high > low:
-        axes.plot([low, high], [point.quality] * 2, color=color, linewidth=3.5, alpha=0.25, zorder=2)
-    if point.deviation:
-        axes.errorbar(
-            point.cost, point.quality, point.deviation, color=color, linewidth=1, capsize=2.5, zorder=2, linestyle=""
-        )
-
-
 def _scale(axes: Axes, rows: Sequence[Row], metric: str) -> None:
     values = metric_values(rows, metric)
     axes.margins(x=0.07, y=0.12)
-    axes.grid(color=_FAINT, linewidth=0.6, zorder=0)
+    axes.grid(color=FAINT, linewidth=0.6, zorder=0)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=7))
     if metric in PERCENT:
         axes.set_ylim(0, 1.12 * max(values))
@@ -193,5 +205,8 @@ def _scale(axes: Axes, rows: Sequence[Row], metric: str) -> None:
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     elif min(values) > 0 and max(values) > _WIDE * min(values):
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(
+            LogLocator(subs=(1.0, 2.0, 5.0) if max(values) < _DECADES * min(values) else (1.0,))
+        )
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())

@@ -57,7 +57,13 @@ def width_cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]], int]:
     kinds = [kind for kind in KINDS if kind != "full" and any(row["kind"] == kind for row in rows)]
     metrics = metrics_of(rows)
     batches = unique(one["batch"] for row in rows for one in row["latency"])
-    header = ["Width", "Parameters", "MB", *(f"ms, batch {batch}" for batch in batches), *(KINDS[kind] for kind in kinds)]
+    header = [
+        "Width",
+        "Parameters",
+        "MB",
+        *(f"ms, batch {batch}" for batch in batches),
+        *(KINDS[kind] for kind in kinds),
+    ]
     body = []
     for width in unique(row["width"] for row in rows):
         own = [row for row in rows if row["width"] == width]
@@ -69,8 +75,8 @@ def width_cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]], int]:
         body.append(
             [
                 width,
-                f"{first['parameters']:,} ({100 * first['share']:.0f} %)",
-                f"{first['bytes'] / 1e6:.1f}",
+                f"{_short(first['parameters'])} ({100 * first['share']:.0f} %)",
+                megabytes(first["bytes"]),
                 *(_time(times[batch]) if batch in times else "–" for batch in batches),
                 *(_quality(of_kind[kind], metrics) for kind in kinds),
             ]
@@ -98,6 +104,8 @@ def show_metric(metric: str, value: float) -> str:
     """A value of a metric in few digits; accuracy and F1 in percent, without the sign."""
     if metric in PERCENT:
         return f"{100 * value:.2f}"
+    if metric == "cosine":
+        return f"{value:.4f}"
     if abs(value) >= 1e7:
         return f"{value:.1e}"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
@@ -106,6 +114,18 @@ def show_metric(metric: str, value: float) -> str:
 def _time(latency: Mapping[str, Any]) -> str:
     low, high = latency["spread"]
     return f"{latency['milliseconds']:.3g} ({low:.3g}–{high:.3g})"
+
+
+def megabytes(count: int) -> str:
+    """Bytes in MB, without the unit."""
+    return f"{count / 1e6:,.1f}" if count >= 1e6 else f"{count / 1e6:.2g}"
+
+
+def _short(count: int) -> str:
+    size, unit = next(
+        ((size, unit) for size, unit in ((1e9, " B"), (1e6, " M"), (1e3, " K")) if count >= size), (1, "")
+    )
+    return f"{count / size:.1f}{unit}" if unit else str(count)
 
 
 def _capital(text: str) -> str:

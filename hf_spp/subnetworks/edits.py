@@ -243,12 +243,21 @@ def _unit_attributes(
         if group.name not in widths or group.axis in IN_HEAD:
             continue
         holders = [member.tensor.rpartition(".")[0] for member in group.members]
-        for path in dict.fromkeys((*group.owners, *holders)):
+        # The loss that keeps experts busy counts them in the model itself.
+        around = [path for owner in group.owners for path in _above(owner)] if group.axis == "experts" else []
+        for path in dict.fromkeys((*group.owners, *holders, *around)):
             for names, before, after in _counts(group, groups, widths, outer, shapes):
                 for name in names:
                     value = vars(modules[path]).get(name)
                     if isinstance(value, int) and not isinstance(value, bool) and value == before:
                         yield path, name, after
+
+
+def _above(path: str) -> Iterator[str]:
+    """The paths of the modules around a module."""
+    while path:
+        path = path.rpartition(".")[0]
+        yield path
 
 
 def _counts(

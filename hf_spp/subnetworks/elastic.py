@@ -252,10 +252,8 @@ class ElasticTrainer(Trainer):
             return output
         metrics: Any = output.metrics
         for name, spec in self.eval_widths.items():
-            with ExitStack() as stack:
-                with torch.no_grad():
-                    stack.enter_context(subnetwork_view(self.model, spec, allow_unordered=True))
-                prefix = f"{metric_key_prefix}_width_{name}"
+            prefix = f"{metric_key_prefix}_width_{name}"
+            with torch.no_grad(), subnetwork_view(self.model, spec, allow_unordered=True):
                 found: Any = super().evaluation_loop(dataloader, *settings, prefix).metrics
             found.pop(f"{prefix}_model_preparation_time", None)
             metrics.update(found)
@@ -386,7 +384,7 @@ def _learnt_from(outputs: Any) -> dict[str, Tensor]:
     logits = {
         name: value
         for name, value in values.items()
-        if name == "logits" or name.endswith("_logits") or name.startswith("logits_per_")
+        if name == "logits" or name.startswith("logits_per_") or (name.endswith("_logits") and "router" not in name)
     }
     if logits:
         return logits

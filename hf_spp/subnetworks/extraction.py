@@ -5,7 +5,6 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -15,15 +14,14 @@ from transformers import PreTrainedModel
 
 from ..architectures import channel_groups
 from ..channels import ChannelGroup, ChannelMap
-from ..errors import CalibrationError, SPPError, SubnetworkError
-from ..orders_file import ORDERS_NAME
-from ..reordering import Reordering, check_writable, total_of
+from ..errors import CalibrationError, SubnetworkError
+from ..reordering import check_writable
 from ..structure import inner_model, is_sharded, tuner_layers
 from .compensation import compensate as refit
 from .costs import tensors_of
 from .edits import Edits, check_experts, find_edits, narrowed_model
 from .record import SubnetworkRecord, note_record, record_of
-from .spec import SubnetworkSpec
+from .spec import SubnetworkSpec, known_reordering
 from .stock import query_factors, stock_model
 from .widths import Kept, Widths, kept_places, narrowed
 
@@ -152,16 +150,8 @@ def is_ordered(model: Any, groups: Iterable[ChannelGroup]) -> bool:
     """Whether the channels of some groups are known to be in order of saliency."""
     if record_of(model) is not None:
         return True
-    reordering = total_of(model)
-    if reordering is None:
-        folder = Path(str(getattr(model, "name_or_path", "")))
-        if not (folder / ORDERS_NAME).is_file():
-            return False
-        try:
-            reordering = Reordering.from_pretrained(folder)
-        except SPPError:
-            return False
-    return all(group.name in reordering.orders for group in groups)
+    reordering = known_reordering(model)
+    return reordering is not None and all(group.name in reordering.orders for group in groups)
 
 
 def _batches(

@@ -18,6 +18,8 @@ from .. import checkpoint, hub
 from ..architectures import channel_groups
 from ..errors import CheckpointError, SubnetworkError
 from ..loading import load_config, load_model, model_class
+from ..orders_file import ORDERS_NAME
+from ..reordering import Reordering, remember
 from .costs import tensors_of
 from .edits import find_edits
 from .extraction import cut_out, extract_subnetwork, piece_of
@@ -77,7 +79,7 @@ def load_subnetwork(
         HubError: The repo cannot be reached.
     """
     load_config(repo_or_dir)
-    saved = hub.find_files(repo_or_dir, [RECORD_NAME, f"{WIDTHS_FOLDER}/*.safetensors"])
+    saved = hub.find_files(repo_or_dir, [RECORD_NAME, ORDERS_NAME, f"{WIDTHS_FOLDER}/*.safetensors"])
     if RECORD_NAME in saved:
         if width is not None:
             raise SubnetworkError(
@@ -85,7 +87,11 @@ def load_subnetwork(
                 "out, or give the checkpoint that it was cut from."
             )
         return _load_saved(repo_or_dir, saved[RECORD_NAME], dtype)
-    published = {Path(name).stem if name.endswith(".safetensors") else name: path for name, path in saved.items()}
+    published = {
+        Path(name).name.removesuffix(".safetensors"): path
+        for name, path in saved.items()
+        if name.startswith(f"{WIDTHS_FOLDER}/")
+    }
     if width is None:
         raise SubnetworkError(
             f"{os.fspath(repo_or_dir)!r} is no sub-network: it holds no {RECORD_NAME}. Give a width: a fraction, a spec"
@@ -99,6 +105,8 @@ def load_subnetwork(
             )
         return _load_published(repo_or_dir, published[width], dtype)
     model = load_model(repo_or_dir, dtype)
+    if ORDERS_NAME in saved:
+        remember(model, (Reordering.from_pretrained(repo_or_dir),))
     spec = width if isinstance(width, SubnetworkSpec) else SubnetworkSpec.uniform(model, width)
     return extract_subnetwork(model, spec)
 

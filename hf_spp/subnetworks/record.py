@@ -106,7 +106,7 @@ class SubnetworkSaving:
             if record.reason is not None:
                 logger.warning(
                     f"No config of transformers states the widths of this {record.model_class} ({record.reason}). Load "
-                    f"it with hf_spp.load_subnetwork({str(save_directory)!r})."
+                    "the folder with hf_spp.load_subnetwork."
                 )
         return result
 

@@ -14,8 +14,10 @@ from .. import checkpoint
 from ..architectures import channel_groups, model_type_of
 from ..channels import ChannelGroup, ChannelMap
 from ..config import check_format_version
-from ..errors import SubnetworkError
-from ..reordering import Reordering, total_of
+from ..errors import OrdersError, SubnetworkError
+from ..orders_file import ORDERS_NAME
+from ..permutation import check_orders
+from ..reordering import Reordering, history_of, total_of
 from ..structure import inner_model
 from .allocation import allocate, ranked_worth, spread_evenly
 from .costs import Description, ParameterCount, count_flops, describe, inputs_of, measure_latency
@@ -81,6 +83,7 @@ class SubnetworkSpec:
     @classmethod
     def uniform(cls, model: Any, width: float, **changes: Any) -> "SubnetworkSpec":
         """The same fraction of the neurons and of the heads of every layer, as far as the model has them."""
+        _check_width("width", width)
         axes = channel_groups(model).axes
         widths: dict[str, Any] = {axis: width for axis in ("ffn", "heads") if axis in axes}
         return cls(**{**widths, **changes})
@@ -115,7 +118,8 @@ class SubnetworkSpec:
             latency_ms: Milliseconds of a forward pass on `example_inputs`, measured on this machine.
             axes: What may be cut; what the model does not have is left out.
             within: Path of the module whose parameters `params` and `fraction` count; the whole model by default.
-            reordering: The reordering with the scores; that of the live model by default.
+            reordering: The reordering with the scores; by default that of the live model, or of the folder that it
+                was loaded from.
             allocation: `global` or `even`; None means `global` where scores compare.
             multiple_of: As in the spec.
             example_inputs: Forward arguments to count operations and time on; by default made from the config.
@@ -133,7 +137,7 @@ class SubnetworkSpec:
             raise SubnetworkError(f"{type(inner).__name__} has none of the axes {', '.join(axes)}.")
         if within is not None and not any(name.startswith(f"{within}.") for name, _ in inner.named_parameters()):
             raise SubnetworkError(f"within={within!r} is no module of {type(inner).__name__} that holds parameters.")
-        reordering = total_of(model) if reordering is None else reordering
+        reordering = known_reordering(model) if reordering is None else reordering
         worth = _worth(chosen, reordering)
         if allocation == "global" and worth is None:
             raise SubnetworkError(
@@ -242,6 +246,21 @@ class SubnetworkSpec:
             SubnetworkError: A key or value is not accepted.
         """
         return cls.from_dict(checkpoint.read_json(path))
+
+
+def known_reordering(model: Any) -> Reordering | None:
+    """What a model went through here, or before it was saved in the folder that it comes from; None if unknown."""
+    if history_of(model) is not None:
+        return total_of(model)
+    folder = Path(str(getattr(inner_model(model), "name_or_path", "")))
+    if not (folder / ORDERS_NAME).is_file():
+        return None
+    reordering = Reordering.from_pretrained(folder)
+    try:
+        check_orders(channel_groups(model), reordering.orders)
+    except OrdersError:
+        return None
+    return reordering
 
 
 def device_of(model: Any) -> torch.device:

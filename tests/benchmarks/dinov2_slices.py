@@ -45,7 +45,7 @@ Images = Mapping[str, Tensor]
 
 
 def image_sets(cache: Path | None = None) -> dict[str, Images]:
-    """Fixed, disjoint images: `train` (1,000), `calibration` (512) and `test` (2,000), as `pixel_values` and `labels`."""
+    """Fixed, disjoint images, as `pixel_values` and `labels`: `train` (1,000), `calibration` (512), `test` (2,000)."""
     stored = cache / "data.pt" if cache else None
     if stored and stored.is_file():
         return torch.load(stored, weights_only=True)
@@ -120,7 +120,7 @@ def cut_by_spp(model: PreTrainedModel, share: float, calibration: Images) -> Pre
 
     batches = [{"pixel_values": pixels} for pixels in calibration["pixel_values"].split(32)]
     apply_spp(model, SPPConfig(axes=("heads", "ffn"), metric="taylor"), calibration=batches)
-    spec = SubnetworkSpec.from_budget(model, fraction=share, within="encoder", calibration=batches)
+    spec = SubnetworkSpec.from_budget(model, fraction=share, within="dinov2.encoder")
     return extract_subnetwork(model, spec, calibration=batches)
 
 

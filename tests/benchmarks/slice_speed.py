@@ -64,7 +64,8 @@ def report(name, model, spec, inputs, repeats, device):
         device,
     )
     print(
-        f"  extraction {1e3 * extract:.0f} ms, the first {1e3 * first:.0f} ms: {extract / deep:.2f} deep copies of the slice ({1e3 * deep:.0f} ms), "
+        f"  extraction {1e3 * extract:.0f} ms, the first {1e3 * first:.0f} ms: {extract / deep:.2f} deep copies of the "
+        f"slice ({1e3 * deep:.0f} ms), "
         f"{extract / bare:.2f} bare copies of its weights ({1e3 * bare:.0f} ms)"
     )
 

@@ -1,0 +1,151 @@
+"""Reordered checkpoints: load one with its order known, and save what is cut out of it."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from .. import checkpoint
+from ..architectures import channel_groups
+from ..config import CONFIG_NAME
+from ..errors import CheckpointError, SubnetworkError
+from ..hub import find_files
+from ..loading import companion_files, load_config, load_model, quiet_transformers
+from ..orders_file import ORDERS_NAME
+from ..reordering import Reordering, remember
+from ..subnetworks import record
+from ..subnetworks.widths import cut_of
+
+RECORD_NAME = record.RECORD_NAME
+
+
+def load_reordered(source: str | os.PathLike[str], dtype: str = "auto") -> PreTrainedModel:
+    """Load a reordered checkpoint as a model that knows its reordering, with the scores.
+
+    Args:
+        source: A folder or a Hub id.
+        dtype: As for `load_model`.
+
+    Raises:
+        CheckpointError: It holds no orders, or a file is damaged.
+        OrdersError: The orders belong to another model.
+        SPPError: Whatever `load_model` raises.
+    """
+    if not Path(source).is_dir():
+        load_config(source)
+    found = find_files(source, [ORDERS_NAME, CONFIG_NAME, RECORD_NAME])
+    if RECORD_NAME in found:
+        raise CheckpointError(
+            f"{os.fspath(source)!r} is a sub-network itself. Accepted: the reordered checkpoint that it was cut from, "
+            "which every width is cut out of. Give that one."
+        )
+    if ORDERS_NAME not in found:
+        raise CheckpointError(
+            f"{os.fspath(source)!r} holds no {ORDERS_NAME}, so the order of its channels is not known. Accepted: a "
+            "reordered checkpoint. Make one with `hf-spp reorder MODEL OUT`."
+        )
+    with quiet_transformers(bars=False):
+        reordering, model = Reordering.from_pretrained(source), load_model(source, dtype)
+    reordering.indices(model)
+    remember(model, (reordering,))
+    return model
+
+
+@dataclass(frozen=True)
+class SavedSlice:
+    """A sub-network in a folder of its own.
+
+    Attributes:
+        folder: The folder.
+        model_class: Class of both models.
+        parameters: Number of weights before and after.
+        bytes: Their memory before and after.
+        cuts: For each axis that was cut: how many groups, channels in each block before, fewest and most after.
+        compensated: How many projections were refitted.
+        reason: Why stock transformers does not load it; None where it does.
+    """
+
+    folder: Path
+    model_class: str
+    parameters: tuple[int, int]
+    bytes: tuple[int, int]
+    cuts: dict[str, tuple[int, int, int, int]]
+    compensated: int
+    reason: str | None
+
+
+def save_slice(
+    model: Any,
+    small: Any,
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+) -> SavedSlice:
+    """Write a sub-network as a checkpoint of its own, with the tokenizer, processor and license of its source.
+
+    The folder appears whole or not at all.
+
+    Args:
+        model: The model that it was cut out of.
+        small: The sub-network.
+        source: Folder or Hub id of the reordered checkpoint.
+        target: Folder to make.
+        overwrite: Whether a folder with content may be replaced.
+
+    Raises:
+        SubnetworkError: Nothing was cut.
+        CheckpointError: `target` may not be replaced, or cannot be written.
+    """
+    found = record.record_of(small)
+    if found is None or not found.widths:
+        raise SubnetworkError(
+            f"These widths keep every channel of {type(model).__name__}, so nothing would be cut. Accepted: a width "
+            "below the model's own, which is rounded to a whole head and to multiples of 8 neurons. Give a smaller one."
+        )
+    beside = companion_files(source)
+    with checkpoint.replacing_folder(target, overwrite=overwrite) as folder:
+        with quiet_transformers(bars=False), _without_notes(record.__name__):
+            small.save_pretrained(folder)
+        for name, path in beside.items():
+            if not (folder / name).exists():
+                checkpoint.copy_file(path, folder / name)
+    weights = [list(one.parameters()) for one in (model, small)]
+    counts = [sum(one.numel() for one in each) for each in weights]
+    sizes = [sum(one.numel() * one.element_size() for one in each) for each in weights]
+    return SavedSlice(
+        Path(target),
+        type(small).__name__,
+        (counts[0], counts[1]),
+        (sizes[0], sizes[1]),
+        _cuts(model, found),
+        sum(not name.endswith("bias") for name in found.compensated),
+        found.reason,
+    )
+
+
+def _cuts(model: Any, found: record.SubnetworkRecord) -> dict[str, tuple[int, int, int, int]]:
+    groups = channel_groups(model)
+    cuts: dict[str, tuple[int, int, int, int]] = {}
+    for name in dict.fromkeys(cut_of(groups.by_name[name]) for name in found.widths):
+        own = [group for group in groups if cut_of(group) == name]
+        kept = [found.widths.get(group.name, group.size) for group in own]
+        cuts[name] = (len(own), max(group.size for group in own), min(kept), max(kept))
+    return cuts
+
+
+@contextmanager
+def _without_notes(name: str) -> Iterator[None]:
+    """Leave out a module's warnings: what is said about the slice names the folder that it is built in."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
