@@ -78,6 +78,12 @@ def least_squares(features, targets, before, ridge, *, intercept):
     return weights, target_shift - shift @ weights
 
 
+def kept_of(small, path, read):
+    """The channels of what the uncut model's projection reads that the cut one keeps: neurons, or whole heads."""
+    layer = small.get_submodule(path)
+    return read[:, : len(layer.weight) if isinstance(layer, Conv1D) else layer.in_features]
+
+
 FIRST = {
     "vit": "vit.layers.{}.attention.o_proj vit.layers.{}.mlp.fc2",
     "bert": "bert.encoder.layer.{}.attention.output.dense bert.encoder.layer.{}.output.dense",
@@ -102,7 +108,10 @@ def test_every_projection_is_the_least_squares_of_what_it_reads(name, bias):
         features, targets = seen_by(small, path, data, reads=True), seen_by(model, path, data, reads=False)
         layer, before = small.get_submodule(path), plain.get_submodule(path).weight
         turn = (lambda weight: weight) if isinstance(layer, Conv1D) else (lambda weight: weight.T)
-        weights, offset = least_squares(features, targets, turn(before), 0.03, intercept=layer.bias is not None)
+        read = kept_of(small, path, seen_by(model, path, data, reads=True))
+        intercept = layer.bias is not None
+        first, _ = least_squares(read, targets, turn(before), 0.03, intercept=intercept)
+        weights, offset = least_squares(features, targets, first, 0.03, intercept=intercept)
         torch.testing.assert_close(turn(layer.weight), weights, rtol=1e-8, atol=1e-9)
         if layer.bias is not None:
             torch.testing.assert_close(layer.bias, offset, rtol=1e-8, atol=1e-9)

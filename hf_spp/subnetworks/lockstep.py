@@ -36,13 +36,13 @@ class SteppedRun:
         self._pass: _Pass | None = None
         self._stop = -1
 
-    def reach(self, stop: int) -> tuple[str, Tensor]:
-        """Run on to the stop of an index: the layer's path and its features, `[tokens, features]`, without padding."""
+    def reach(self, stop: int) -> tuple[Tensor, ...]:
+        """Run on to the stop of an index: what flows there, `[tokens, features]`, without padding."""
         if self._pass is None or self._stop >= stop:
             self.close()
             self._pass, self._stop = _Pass(self._model, self._batch), -1
         while self._stop < stop:
-            found: tuple[str, Tensor] = self._pass.switch()
+            found: tuple[Tensor, ...] = self._pass.switch()
             self._stop += 1
         return found
 
@@ -54,27 +54,27 @@ class SteppedRun:
 
 
 @contextmanager
-def stopping(model: nn.Module, paths: tuple[str, ...], *, reads: bool) -> Iterator[None]:
+def stopping(model: nn.Module, paths: tuple[str, ...], *, behind: bool) -> Iterator[None]:
     """Stop runs of a model inside the block at some of its layers.
 
     Args:
         model: The model.
         paths: Paths of the layers.
-        reads: Whether to stop before a layer, with what it reads, or behind it, with what it writes.
+        behind: Whether to stop behind a layer, with what it has read and written, or before it, with what it will read.
     """
 
-    def stop(path: str, features: Tensor) -> None:
+    def stop(*flows: Tensor) -> None:
         current = getcurrent()
         if isinstance(current, _Pass) and current.model is model and current.parent is not None:
-            current.parent.switch((path, unpadded(features, current.mask)))
+            current.parent.switch(tuple(unpadded(flow, current.mask) for flow in flows))
 
     handles = []
     for path in paths:
         layer = model.get_submodule(path)
-        if reads:
-            handles.append(layer.register_forward_pre_hook(lambda _, args, path=path: stop(path, args[0])))
+        if behind:
+            handles.append(layer.register_forward_hook(lambda _, args, output: stop(args[0], output)))
         else:
-            handles.append(layer.register_forward_hook(lambda _, args, output, path=path: stop(path, output)))
+            handles.append(layer.register_forward_pre_hook(lambda _, args: stop(args[0])))
     try:
         yield
     finally:
