@@ -1,7 +1,7 @@
-"""Text for the benchmarks: the topics of Python's own documentation, which every Python installs as `pydoc_data.topics`.
+"""Text for the benchmarks: topics of Python's own documentation, which every Python installs as `pydoc_data.topics`.
 
-The text differs between versions of Python, so results name the version (`PYTHON`). A paragraph that several topics share
-counts for the longest of them alone. Whole topics go to one split, so no paragraph is in two of them.
+The text differs between versions of Python, so results name the version (`PYTHON`). A paragraph that several topics
+share counts for the longest of them alone. Whole topics go to one split, so no paragraph is in two of them.
 """
 
 import platform
@@ -39,7 +39,7 @@ def paragraphs(split: str) -> tuple[tuple[str, ...], ...]:
 
 
 def token_blocks(tokenizer: PreTrainedTokenizerBase, split: str, length: int) -> Tensor:
-    """The text of a split, its topics one behind the other, as blocks of tokens `[blocks, length]`; a rest is dropped."""
+    """The topics of a split one behind the other, as blocks of tokens `[blocks, length]`; a rest is dropped."""
     texts = ["\n\n".join(own) for own in paragraphs(split)]
     tokens = [token for text in texts for token in [*tokenizer.encode(text), tokenizer.eos_token_id]]
     count = len(tokens) // length
