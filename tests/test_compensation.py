@@ -110,8 +110,8 @@ def test_every_projection_is_the_least_squares_of_what_it_reads(name, bias):
         turn = (lambda weight: weight) if isinstance(layer, Conv1D) else (lambda weight: weight.T)
         read = kept_of(small, path, seen_by(model, path, data, reads=True))
         intercept = layer.bias is not None
-        first, _ = least_squares(read, targets, turn(before), 0.03, intercept=intercept)
-        weights, offset = least_squares(features, targets, first, 0.03, intercept=intercept)
+        both, wanted = torch.cat([read, features]), torch.cat([targets, targets])
+        weights, offset = least_squares(both, wanted, turn(before), 0.03, intercept=intercept)
         torch.testing.assert_close(turn(layer.weight), weights, rtol=1e-8, atol=1e-9)
         if layer.bias is not None:
             torch.testing.assert_close(layer.bias, offset, rtol=1e-8, atol=1e-9)

@@ -1,9 +1,9 @@
 """Compensation: refitting the projection behind cut channels, so that it writes what the uncut one wrote.
 
-A projection is fitted by ridge least squares, in closed form, to what the uncut model's writes on unlabelled data:
-first from what the kept channels of the uncut model give it, then, layer after layer, from what the already cut model
-does. Each fit is pulled towards the one before and the first towards the weights that were there, so that little data
-changes little, and does not teach the errors of earlier layers by heart.
+A projection is fitted by ridge least squares, in closed form, to what the uncut model's writes on unlabelled data,
+layer after layer. It learns from two kinds of inputs alike: those of the kept channels in the uncut model, and those
+that the already cut model gives it. The second alone would teach it the errors of earlier layers by heart, the first
+alone would let them grow. The fit is pulled towards the weights that were there, so that little data changes little.
 
 Reference:
     Least-squares reconstruction behind pruned channels: He, Zhang and Sun, arXiv:1707.06168.
@@ -266,29 +266,26 @@ def _fit_in_turn(
     ridge: float | None,
     held_bytes: int,
 ) -> list[str]:
-    """Refit projections one after another, each on what the model gives it whose earlier ones are refitted."""
+    """Refit projections one after another, on what the uncut model gives them and what the one does that is cut."""
     paths = tuple(one.path for one in projections)
     runs = [(SteppedRun(model, batch), SteppedRun(small, batch)) for batch in batches]
     changed: list[str] = []
     try:
         with stopping(model, paths, behind=True), stopping(small, paths, behind=False):
             for stop, projection in enumerate(logging.tqdm(projections, desc="Compensating", leave=False)):
-                alone, in_turn = Gram(), Gram()
+                gram = Gram()
                 for uncut, cut in runs:
                     read, targets = uncut.reach(stop)
                     targets = _columns(targets, projection.outputs)
                     (features,) = cut.reach(stop)
-                    alone.add(_columns(read, projection.kept), targets)
-                    in_turn.add(features, targets)
+                    for seen in (_columns(read, projection.kept), features):
+                        gram.add(seen, targets)
                     if features.nbytes * len(runs) * _HELD_TIMES > held_bytes:
                         uncut.close()
                         cut.close()
                 layer = small.get_submodule(projection.path)
-                stages = [
-                    [_Moments.of(sums, intercept=layer.bias is not None) for sums in gram.all_sums()]
-                    for gram in (alone, in_turn)
-                ]
-                changed += _refit(layer, projection.path, stages, ridge)
+                moments = [_Moments.of(sums, intercept=layer.bias is not None) for sums in gram.all_sums()]
+                changed += _refit(layer, projection.path, moments, ridge)
     finally:
         for pair in runs:
             for run in pair:
@@ -325,7 +322,7 @@ def _fit_alone(
             weight = _columns(_inputs_first(uncut, uncut.weight), one.outputs)
             bias = None if uncut.bias is None else _columns(uncut.bias, one.outputs)
             moments = [_Moments.of_uncut(sums, one.kept, weight, bias, None) for sums in grams[one.path].all_sums()]
-            changed += _refit(small.get_submodule(one.path), one.path, [moments], ridge)
+            changed += _refit(small.get_submodule(one.path), one.path, moments, ridge)
         for entries, gram in inner.seen(one.member) if one in stacked else ():
             # Matrices of experts, `[neurons, outputs]`.
             cut, whole = (owner.get_parameter(one.tensor).movedim(one.member.dim, 1) for owner in (small, model))
@@ -340,24 +337,21 @@ def _fit_alone(
     return changed
 
 
-def _refit(layer: Any, path: str, stages: Sequence[Sequence[_Moments]], ridge: float | None) -> list[str]:
+def _refit(layer: Any, path: str, moments: Sequence[_Moments], ridge: float | None) -> list[str]:
     """Write the weights, and the bias if there is one, that fit best; the names of what was written.
 
     Args:
         layer: The projection.
         path: Its path.
-        stages: Moments to fit to one after another, each of both halves of the data and of all: each fit is pulled
-            towards the one before.
-        ridge: How strongly, None to choose.
+        moments: Those of each half of the data, and of all.
+        ridge: How strongly the weights are pulled towards those before, None to choose.
     """
     weight = _inputs_first(layer, layer.weight)
-    fitted = exact(weight)
-    for moments in stages:
-        fitted = _fit(moments, fitted, ridge)
+    fitted = _fit(moments, exact(weight), ridge)
     weight.copy_(fitted)
     if layer.bias is None:
         return [f"{path}.weight"]
-    layer.bias.copy_(stages[-1][-1].target_mean - stages[-1][-1].mean @ fitted)
+    layer.bias.copy_(moments[-1].target_mean - moments[-1].mean @ fitted)
     return [f"{path}.weight", f"{path}.bias"]
 
 
