@@ -64,18 +64,27 @@ def seen_by(model, path, data, *, reads):
     return torch.cat(found)
 
 
-def least_squares(features, targets, before, ridge, *, intercept):
+def token_weights(targets):
+    """What each token counts, of the targets of one batch."""
+    sizes = targets.square().sum(-1)
+    return 1 / (sizes + 0.1 * sizes.median())
+
+
+def least_squares(features, targets, before, ridge, *, intercept, weights=None):
     """Ridge towards the weights before, by an augmented system; weights `[features, outputs]` and bias."""
-    count = len(features)
-    shift, target_shift = features.mean(0), targets.mean(0)
+    weights = torch.ones(len(features), dtype=features.dtype) if weights is None else weights
+    count = weights.sum()
+    shift, target_shift = weights @ features / count, weights @ targets / count
     if not intercept:
         shift, target_shift = torch.zeros_like(shift), torch.zeros_like(target_shift)
-    centred = features - shift
-    pull = (ridge * centred.square().mean(0).mean() * count).sqrt()
+    roots = weights.sqrt().unsqueeze(1)
+    centred = (features - shift) * roots
+    pull = (ridge * centred.square().sum(0).mean()).sqrt()
     system = torch.cat([centred, pull * torch.eye(features.shape[1], dtype=features.dtype)])
-    rest = torch.cat([targets - target_shift - centred @ before, torch.zeros(features.shape[1], before.shape[1])])
-    weights = before + torch.linalg.lstsq(system, rest).solution
-    return weights, target_shift - shift @ weights
+    missing = (targets - target_shift) * roots - centred @ before
+    rest = torch.cat([missing, torch.zeros(features.shape[1], before.shape[1])])
+    fitted = before + torch.linalg.lstsq(system, rest).solution
+    return fitted, target_shift - shift @ fitted
 
 
 def kept_of(small, path, read):
@@ -110,8 +119,11 @@ def test_every_projection_is_the_least_squares_of_what_it_reads(name, bias):
         turn = (lambda weight: weight) if isinstance(layer, Conv1D) else (lambda weight: weight.T)
         read = kept_of(small, path, seen_by(model, path, data, reads=True))
         intercept = layer.bias is not None
-        both, wanted = torch.cat([read, features]), torch.cat([targets, targets])
-        weights, offset = least_squares(both, wanted, turn(before), 0.03, intercept=intercept)
+        counted = torch.cat([token_weights(seen_by(model, path, [batch], reads=False)) for batch in data])
+        weights, offset = least_squares(
+            torch.cat([read, features]), torch.cat([targets, targets]), turn(before), 0.03, intercept=intercept,
+            weights=torch.cat([counted, counted]),
+        )  # fmt: skip
         torch.testing.assert_close(turn(layer.weight), weights, rtol=1e-8, atol=1e-9)
         if layer.bias is not None:
             torch.testing.assert_close(layer.bias, offset, rtol=1e-8, atol=1e-9)
@@ -144,6 +156,32 @@ def test_it_comes_nearer_to_the_model(name):
     assert distances[1] < 0.95 * distances[0]
     assert same_bits(model, weights)
     assert same_bits(extract_subnetwork(model, spec, calibration=data, compensate=False), weights_of(plain))
+
+
+def test_a_few_tokens_that_write_much_do_not_outweigh_the_others():
+    """Separators do so in trained models; the norm behind them takes their size away again."""
+    model = ordered("bert")
+    separator, path = 3, "bert.encoder.layer.0.output.dense"
+    with torch.no_grad():
+        words = model.bert.embeddings.word_embeddings.weight
+        words.normal_()
+        words[separator] = 0
+        words[separator, 0] = 50
+        layer = model.bert.encoder.layer[0]
+        layer.intermediate.dense.weight[-4:, 0] += 100
+    data = batches(model, count=20)
+    for batch in data:
+        batch["input_ids"][:, 0] = separator
+    spec = SubnetworkSpec(ffn=8)
+    plain = extract_subnetwork(model, spec)
+    small, _ = cut_and_fit(model, spec, data)
+    whole = seen_by(model, path, data, reads=False)
+    sizes = whole.square().sum(-1)
+    usual = sizes < 10 * sizes.median()
+    assert 0.5 < usual.double().mean() < 0.95
+    assert sizes[~usual].sum() > 10 * sizes[usual].sum()
+    distances = [(seen_by(one, path, data, reads=False) - whole)[usual].square().mean() for one in (plain, small)]
+    assert distances[1] < 0.8 * distances[0]
 
 
 def test_passes_that_do_not_fit_in_memory_run_again():

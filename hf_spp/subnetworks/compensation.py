@@ -5,6 +5,10 @@ layer after layer. It learns from two kinds of inputs alike: those of the kept c
 that the already cut model gives it. The second alone would teach it the errors of earlier layers by heart, the first
 alone would let them grow. The fit is pulled towards the weights that were there, so that little data changes little.
 
+Errors count relative to what is written for a token. Transformers write a hundred times as much for a few tokens, such
+as separators, as for the others, and norms level that again before the next layer; unweighted, these few would be all
+that is fitted.
+
 Reference:
     Least-squares reconstruction behind pruned channels: He, Zhang and Sun, arXiv:1707.06168.
 """
@@ -37,11 +41,13 @@ RIDGES = (0.001, 0.01, 0.1, 1.0, 10.0)
 _HELD_BYTES = 1 << 30
 # What a suspended pass holds, in terms of the features that its next layer reads.
 _HELD_TIMES = 6
+# What a token counts at most, as a share of the median of the sizes of targets.
+_FLOOR = 0.1
 _ROUTED = re.compile(r"(^|\.)experts\.")
 
 
 class Gram:
-    """Sums for a least-squares fit: products of features with themselves and with targets, float64.
+    """Sums for a least-squares fit: products of features with themselves and with targets, float64, weighted by token.
 
     Memory is that of the sums, whatever the number of tokens. Half of the tokens of each batch go into one set of sums
     and half into another, so that a fit to the one can be judged by the other.
@@ -56,10 +62,17 @@ class Gram:
         return sum(half.tokens for half in self.halves)
 
     def add(self, features: Tensor, targets: Tensor | None = None) -> None:
-        """Add tokens: features `[..., tokens, features]`, and what is to be written for them, `[tokens, outputs]`."""
+        """Add tokens: features `[..., tokens, features]`, and what is to be written for them, `[tokens, outputs]`.
+
+        With targets, a token's weight is `1 / (|target|² + 0.1 median)`, the median being that of all `|target|²` here.
+        """
         middle = features.shape[-2] // 2
+        weights = None if targets is None else _weights(targets)
         for half, part in zip(self.halves, (slice(0, middle), slice(middle, None)), strict=True):
-            half.add(features[..., part, :], None if targets is None else targets[part])
+            if targets is None or weights is None:
+                half.add(features[..., part, :])
+            else:
+                half.add_with_targets(features[part], targets[part], weights[part])
 
     def all_sums(self) -> "tuple[_Sums, _Sums, _Sums]":
         """The sums of each half, and of both."""
@@ -71,27 +84,42 @@ def exact(values: Tensor) -> Tensor:
     return values.to("cpu" if values.device.type == "mps" else values.device, torch.float64)
 
 
+def _weights(targets: Tensor) -> Tensor:
+    """The weight of each token, `[tokens]`."""
+    sizes = exact(targets).square().sum(-1)
+    return 1 / (sizes + _FLOOR * sizes.median() + torch.finfo(torch.float32).tiny) if len(sizes) else sizes
+
+
 @dataclass
 class _Sums:
     tokens: int = 0
+    weights: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
     products: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
     sums: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
     with_targets: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
     target_sums: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
 
-    def add(self, features: Tensor, targets: Tensor | None) -> None:
+    def add(self, features: Tensor) -> None:
         features = exact(features)
         self.tokens += features.shape[-2]
+        self.weights = self.weights + features.shape[-2]
         self.products = self.products + features.mT @ features
         self.sums = self.sums + features.sum(-2)
-        if targets is not None:
-            targets = exact(targets)
-            self.with_targets = self.with_targets + features.mT @ targets
-            self.target_sums = self.target_sums + targets.sum(-2)
+
+    def add_with_targets(self, features: Tensor, targets: Tensor, weights: Tensor) -> None:
+        features, targets = exact(features), exact(targets)
+        weighted = features * weights.unsqueeze(1)
+        self.tokens += len(features)
+        self.weights = self.weights + weights.sum()
+        self.products = self.products + weighted.T @ features
+        self.sums = self.sums + weighted.sum(0)
+        self.with_targets = self.with_targets + weighted.T @ targets
+        self.target_sums = self.target_sums + weights @ targets
 
     def __add__(self, other: "_Sums") -> "_Sums":
         return _Sums(
             self.tokens + other.tokens,
+            self.weights + other.weights,
             self.products + other.products,
             self.sums + other.sums,
             self.with_targets + other.with_targets,
@@ -101,7 +129,7 @@ class _Sums:
 
 @dataclass(frozen=True)
 class _Moments:
-    """Means over tokens: of products of features, and of features with targets; and the means of both themselves.
+    """Weighted means over tokens of products of features, of features with targets, and of both themselves.
 
     Without an intercept the products are not centred, and the means are zero.
     """
@@ -114,27 +142,25 @@ class _Moments:
     @classmethod
     def of(cls, seen: _Sums, *, intercept: bool) -> "_Moments":
         """Moments of features and targets that were seen together."""
-        tokens = max(seen.tokens, 1)
-        mean, target_mean = seen.sums / tokens, seen.target_sums / tokens
+        total = seen.weights if seen.tokens else 1.0
+        mean, target_mean = seen.sums / total, seen.target_sums / total
         if not intercept:
             mean, target_mean = torch.zeros_like(mean), torch.zeros_like(target_mean)
         return cls(
-            seen.products / tokens - mean.unsqueeze(1) * mean,
-            seen.with_targets / tokens - mean.unsqueeze(1) * target_mean,
+            seen.products / total - mean.unsqueeze(1) * mean,
+            seen.with_targets / total - mean.unsqueeze(1) * target_mean,
             mean,
             target_mean,
         )
 
     @classmethod
-    def of_uncut(cls, seen: _Sums, kept: Tensor, weight: Tensor, bias: Tensor | None, entry: int | None) -> "_Moments":
-        """Moments of the kept features, and of what the uncut projection `[features, outputs]` writes from all."""
-        products, sums = (seen.products, seen.sums) if entry is None else (seen.products[entry], seen.sums[entry])
-        tokens = max(seen.tokens, 1)
-        mean = sums / tokens if bias is not None else torch.zeros_like(sums)
-        covariance = products / tokens - mean.unsqueeze(1) * mean
+    def of_uncut(cls, seen: _Sums, kept: Tensor, weight: Tensor, entry: int | None) -> "_Moments":
+        """Moments of the kept features, and of what an uncut matrix `[features, outputs]` writes from all."""
+        products = seen.products if entry is None else seen.products[entry]
+        covariance = products / max(seen.tokens, 1)
         weight, kept = weight.to(covariance), kept.to(covariance.device)
-        offset = 0 if bias is None else bias.to(covariance)
-        return cls(covariance[kept][:, kept], covariance[kept] @ weight, mean[kept], mean @ weight + offset)
+        none, nothing = covariance.new_zeros(len(kept)), covariance.new_zeros(weight.shape[1])
+        return cls(covariance[kept][:, kept], covariance[kept] @ weight, none, nothing)
 
 
 @dataclass(frozen=True)
@@ -297,15 +323,19 @@ def _fit_alone(
     model: Any, small: Any, projections: Sequence[Projection], batches: Sequence[Mapping[str, Any]], ridge: float | None
 ) -> list[str]:
     """Refit projections on what the uncut model gives them: experts, and layers that run several times."""
-    grams = {one.path: Gram() for one in projections if one.tensor.endswith(".weight")}
-    stacked = [one for one in projections if one.path not in grams]
+    linear = {one.path: (one, Gram()) for one in projections if one.tensor.endswith(".weight")}
+    stacked = [one for one in projections if one.path not in linear]
     inner = InnerFlows(Owners(model), [one.tensor for one in stacked], flow=Gram)
     mask: list[Tensor | None] = [None]
+
+    def see(path: str, read: Tensor, written: Tensor) -> None:
+        projection, gram = linear[path]
+        features, targets = unpadded(read, mask[0]), unpadded(written, mask[0])
+        gram.add(_columns(features, projection.kept), _columns(targets, projection.outputs))
+
     handles = [
-        model.get_submodule(path).register_forward_pre_hook(
-            lambda _, args, gram=gram: gram.add(unpadded(args[0], mask[0]))
-        )
-        for path, gram in grams.items()
+        model.get_submodule(path).register_forward_hook(lambda _, args, written, path=path: see(path, args[0], written))
+        for path in linear
     ]
     try:
         with inner.attached():
@@ -317,19 +347,17 @@ def _fit_alone(
             handle.remove()
     changed = []
     for one in projections:
-        if one.path in grams and grams[one.path].tokens:
-            uncut = model.get_submodule(one.path)
-            weight = _columns(_inputs_first(uncut, uncut.weight), one.outputs)
-            bias = None if uncut.bias is None else _columns(uncut.bias, one.outputs)
-            moments = [_Moments.of_uncut(sums, one.kept, weight, bias, None) for sums in grams[one.path].all_sums()]
-            changed += _refit(small.get_submodule(one.path), one.path, moments, ridge)
+        if one.path in linear and linear[one.path][1].tokens:
+            layer, gram = small.get_submodule(one.path), linear[one.path][1]
+            moments = [_Moments.of(sums, intercept=layer.bias is not None) for sums in gram.all_sums()]
+            changed += _refit(layer, one.path, moments, ridge)
         for entries, gram in inner.seen(one.member) if one in stacked else ():
             # Matrices of experts, `[neurons, outputs]`.
             cut, whole = (owner.get_parameter(one.tensor).movedim(one.member.dim, 1) for owner in (small, model))
             for place, entry in enumerate(entries):
                 index = place if len(entries) > 1 else None
                 moments = [
-                    _Moments.of_uncut(sums, one.kept, _columns(whole[entry], one.outputs), None, index)
+                    _Moments.of_uncut(sums, one.kept, _columns(whole[entry], one.outputs), index)
                     for sums in gram.all_sums()
                 ]
                 cut[entry].copy_(_fit(moments, exact(cut[entry]), ridge))

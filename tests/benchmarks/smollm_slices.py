@@ -40,7 +40,7 @@ Cut = Callable[[float], LlamaForCausalLM]
 
 # What the search found.
 BEST: Mapping[str, Settings] = {
-    "magnitude": Settings(importance="l2"),
+    "magnitude": Settings(importance="l2", heads="none", first=2, last=4),
     "taylor": Settings(importance="element1", heads="none", first=2, last=0),
 }
 
@@ -116,7 +116,7 @@ def tune(name: str, batches: Batches, blocks: Tensor) -> None:
     gradients = loss_gradients(model, batches, squared=True) if name == "taylor" else None
     print(name)
     best_settings(
-        BEST[name],
+        Settings(importance=CHOICES[name]["importance"][0]),
         CHOICES[name],
         lambda settings: -perplexity(pruned_by_llm_pruner(model, TUNED_SHARE, settings, gradients), blocks),
     )
