@@ -21,7 +21,15 @@ from conftest import (
 )
 from torch import nn
 
-from hf_spp import SPPConfig, SubnetworkError, SubnetworkSpec, apply_spp, extract_subnetwork, subnetwork_view
+from hf_spp import (
+    SPPConfig,
+    SubnetworkError,
+    SubnetworkSpec,
+    apply_spp,
+    channel_groups,
+    extract_subnetwork,
+    subnetwork_view,
+)
 
 # The layers that read all heads, and the neurons, by the end of their names.
 READS_HEADS = (
@@ -365,9 +373,83 @@ def test_an_attention_that_computes_its_head_size():
     model = Model().double().eval()
     with pytest.raises(SubnetworkError, match="MultiheadAttention"):
         extract_subnetwork(model, SubnetworkSpec(heads=1), allow_unordered=True)
+    assert SubnetworkSpec.uniform(model, 0.5) == SubnetworkSpec(ffn=0.5)
     small = extract_subnetwork(model, SubnetworkSpec(ffn=8), allow_unordered=True)
     states = torch.randn(2, 3, 8, dtype=torch.float64)
     masked_model = copy.deepcopy(model)
     with torch.no_grad():
         masked_model.fc2.weight[:, 8:] = 0
         torch.testing.assert_close(small(states), masked_model(states), rtol=1e-12, atol=1e-12)
+
+
+def test_heads_that_stay_whole_beside_others():
+    from transformers import Blip2Config, Blip2ForConditionalGeneration
+
+    layers = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Blip2Config(
+        vision_config={**layers, "image_size": 8, "patch_size": 4},
+        qformer_config={**layers, "encoder_hidden_size": 16, "vocab_size": 20},
+        text_config={"model_type": "opt", **layers, "ffn_dim": 32, "word_embed_proj_dim": 16, "vocab_size": 20},
+        num_query_tokens=2,
+    )
+    model = Blip2ForConditionalGeneration(config).double().eval()
+    with pytest.raises(SubnetworkError, match=r"vision_model.*Blip2Attention computes the size.*list of widths"):
+        extract_subnetwork(model, SubnetworkSpec(heads=1), allow_unordered=True)
+    for spec in (
+        SubnetworkSpec.uniform(model, 0.5),
+        SubnetworkSpec.from_budget(model, fraction=0.5, within="language_model"),
+    ):
+        heads = {name: width for name, width in spec.widths(model).items() if name.endswith("heads")}
+        assert heads
+        assert not any("vision_model" in name for name in heads)
+        model.vision_model(torch.zeros(1, 3, 8, 8, dtype=torch.float64))
+        with subnetwork_view(model, spec):
+            model.vision_model(torch.zeros(1, 3, 8, 8, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("cut", [{"query_heads": 2}, {"query_heads": (3, 1)}])
+def test_query_heads_that_share_the_only_key_value_head(cut):
+    model = build_model("llama", dtype=torch.float64, num_key_value_heads=1)
+    apply_spp(model, SPPConfig(axes=("heads",), metric="random", verify=False))
+    inputs = build_inputs(model)
+    masked_model = copy.deepcopy(model)
+    size = model.config.head_dim
+    for index, layer in enumerate(masked_model.model.layers):
+        width = cut["query_heads"] if isinstance(cut["query_heads"], int) else cut["query_heads"][index]
+        with torch.no_grad():
+            layer.self_attn.o_proj.weight[:, width * size :] = 0
+    small = extract_subnetwork(model, SubnetworkSpec(**cut))
+    with everything_in_float64():
+        expected = outputs_of(masked_model, inputs)
+        assert relative_difference(expected, outputs_of(small, inputs)) < 1e-10
+        with subnetwork_view(model, SubnetworkSpec(**cut)):
+            assert relative_difference(expected, outputs_of(model, inputs)) < 1e-10
+    assert SubnetworkSpec.uniform(model, 0.5) == SubnetworkSpec(ffn=0.5, query_heads=0.5)
+
+
+@pytest.mark.parametrize("heads", [2, (1, 3)])
+def test_code_that_reads_the_number_of_heads_from_the_config(heads):
+    from transformers import FunnelConfig, FunnelForMaskedLM
+
+    config = FunnelConfig(
+        vocab_size=40, block_sizes=[1], num_decoder_layers=1, d_model=16, n_head=4, d_head=4, d_inner=32
+    )
+    torch.manual_seed(0)
+    model = FunnelForMaskedLM(config).double().eval()
+    apply_spp(model, SPPConfig(axes=("heads",), metric="random", verify=False))
+    inputs = {"input_ids": torch.arange(12).reshape(2, 6)}
+    small = extract_subnetwork(model, SubnetworkSpec(heads=heads))
+    masked_model = copy.deepcopy(model)
+    widths = SubnetworkSpec(heads=heads).widths(model)
+    for group in channel_groups(model):
+        if group.name in widths:
+            for member in group.members:
+                if member.role == "consumer":
+                    with torch.no_grad():
+                        masked_model.get_parameter(member.tensor)[:, widths[group.name] * 4 :] = 0
+    with everything_in_float64():
+        expected = outputs_of(masked_model, inputs)
+        assert relative_difference(expected, outputs_of(small, inputs)) < 1e-10
+        with subnetwork_view(model, SubnetworkSpec(heads=heads)):
+            assert relative_difference(expected, outputs_of(model, inputs)) < 1e-10
+    assert model.config.n_head == 4

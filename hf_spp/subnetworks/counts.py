@@ -26,3 +26,18 @@ EXPERTS = ("num_experts", "moe_num_experts", "n_routed_experts", "num_local_expe
 # Experts that a router chooses for each token.
 CHOSEN_EXPERTS = ("top_k", "num_experts_per_tok", "moe_top_k", "num_selected_experts", "k")
 STREAM = ("hidden_size", "embed_dim", "d_model", "dim", "normalized_shape", "weight_shape")
+
+# Attentions whose heads cannot be cut, by class, and what their code does.
+_FROM_STREAM = "computes the size of its heads from the residual stream's"
+RIGID_HEADS = {
+    **dict.fromkeys(
+        ("BlipAttention", "Blip2Attention", "InstructBlipAttention", "InstructBlipVideoAttention", "MgpstrAttention",
+         "TimesformerSelfAttention", "PPOCRV5ServerRecAttention", "PPOCRV5MobileRecAttention",
+         "PPOCRV6SmallRecAttention", "Florence2VisionWindowAttention"),
+        _FROM_STREAM,
+    ),
+    "CodeGenAttention": "lays its heads out in four equal parts",
+}  # fmt: skip
+RIGID_MULTIHEAD = _FROM_STREAM
+# Attentions that read the number of their heads from the config whenever they run.
+READ_CONFIG = ("ParakeetEncoderAttention", "FunnelRelMultiheadAttention", "GraniteSpeech5EncoderAttention")

@@ -4,6 +4,7 @@ Rows inside of heads leave their projections and come back as zeros behind them,
 of attention stays as it is, and scores are scaled as before.
 """
 
+import copy
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from ..channels import ChannelGroup, ChannelMap
 from ..errors import SubnetworkError
 from ..watch import Owners
 from . import counts
-from .widths import Kept, Widths, kept_places, narrowed
+from .widths import Kept, Widths, cut_of, kept_places, narrowed
 
 IN_HEAD = ("qk", "vo")
 
@@ -103,7 +104,7 @@ def find_edits(model: nn.Module, groups: ChannelMap, widths: Widths) -> Edits:
     outer = kept_places(groups, {name: width for name, width in widths.items() if name not in in_head}, shapes)
     rows = [_only_projections(group) for group in groups if group.name in in_head and group.name in widths]
     kept = kept_places([*rows, *(group for group in groups if group.name not in in_head)], widths, shapes)
-    _refuse_multihead(model, [group for group in groups if group.name in widths and group.axis in (*IN_HEAD, "heads")])
+    _refuse_rigid(model, groups, widths)
     padded, selected = _in_head_hooks(model, rows, kept, outer, shapes)
     attributes: dict[str, dict[str, Any]] = defaultdict(dict)
     for path, name, value in (
@@ -177,16 +178,31 @@ def _only_projections(group: ChannelGroup) -> ChannelGroup:
     return ChannelGroup(group.name, group.axis, group.layer, group.blocks, group.size, members, group.parent)
 
 
-def _refuse_multihead(model: nn.Module, groups: Sequence[ChannelGroup]) -> None:
+def rigid_groups(model: nn.Module, groups: ChannelMap) -> dict[str, str]:
+    """Groups that cannot be cut because of a module's code: what that does, by name of the group."""
     modules = dict(model.named_modules())
+    found = {}
     for group in groups:
-        for member in group.members:
-            path = member.tensor.rpartition(".")[0]
-            if any(isinstance(modules[one], nn.MultiheadAttention) for one in (path, path.rpartition(".")[0])):
-                raise SubnetworkError(
-                    f"{group.axis} cannot be cut at {group.name}: nn.MultiheadAttention computes the size of its heads "
-                    "from the residual stream's. Cut ffn instead."
-                )
+        if group.axis not in (*IN_HEAD, "heads"):
+            continue
+        holders = [member.tensor.rpartition(".")[0] for member in group.members]
+        for path in (*group.owners, *holders, *(path.rpartition(".")[0] for path in holders)):
+            name = type(modules[path]).__name__
+            if isinstance(modules[path], nn.MultiheadAttention):
+                found[group.name] = f"nn.{name} {counts.RIGID_MULTIHEAD}"
+            elif group.axis == "heads" and name in counts.RIGID_HEADS:
+                found[group.name] = f"{name} {counts.RIGID_HEADS[name]}"
+    return found
+
+
+def _refuse_rigid(model: nn.Module, groups: ChannelMap, widths: Widths) -> None:
+    for name, reason in rigid_groups(model, groups).items():
+        if name in widths:
+            group = groups.by_name[name]
+            raise SubnetworkError(
+                f"{group.axis} cannot be cut at {name}: {reason}. Keep all {group.size} there by a list of widths, one "
+                "for each group; SubnetworkSpec.uniform and from_budget do so."
+            )
 
 
 def _in_head_hooks(
@@ -245,8 +261,15 @@ def _unit_attributes(
         holders = [member.tensor.rpartition(".")[0] for member in group.members]
         # The loss that keeps experts busy counts them in the model itself.
         around = [path for owner in group.owners for path in _above(owner)] if group.axis == "experts" else []
+        changes = _counts(group, groups, widths, outer, shapes)
         for path in dict.fromkeys((*group.owners, *holders, *around)):
-            for names, before, after in _counts(group, groups, widths, outer, shapes):
+            if group.axis == "heads" and type(modules[path]).__name__ in counts.READ_CONFIG:
+                config: Any = copy.copy(modules[path].config)
+                for name in counts.QUERY_HEADS:
+                    if name in vars(config):
+                        setattr(config, name, changes[0][2])
+                yield path, "config", config
+            for names, before, after in changes:
                 for name in names:
                     value = vars(modules[path]).get(name)
                     if isinstance(value, int) and not isinstance(value, bool) and value == before:
@@ -271,10 +294,14 @@ def _counts(
         return [(counts.EXPERTS, group.channels, group.blocks * width)]
     if group.axis == "hidden":
         return [(counts.STREAM, group.size, width)]
-    heads = groups.by_name[group.parent] if group.parent else group
-    inside = next((one for one in groups if one.axis == "heads" and one.parent == heads.name), None)
-    kv = (heads.size, widths.get(heads.name, heads.size))
-    shared = (1, 1) if inside is None else (inside.size, widths.get(inside.name, inside.size))
+    if group.parent is None and cut_of(group) == "query_heads":
+        # All query heads share the one key-value head, which is no group.
+        kv, shared = (1, 1), (group.size, width)
+    else:
+        heads = groups.by_name[group.parent] if group.parent else group
+        inside = next((one for one in groups if one.axis == "heads" and one.parent == heads.name), None)
+        kv = (heads.size, widths.get(heads.name, heads.size))
+        shared = (1, 1) if inside is None else (inside.size, widths.get(inside.name, inside.size))
     found = [
         (counts.QUERY_HEADS, kv[0] * shared[0], kv[1] * shared[1]),
         (counts.KEY_VALUE_HEADS, *kv),

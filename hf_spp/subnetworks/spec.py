@@ -21,7 +21,7 @@ from ..reordering import Reordering, history_of, total_of
 from ..structure import inner_model
 from .allocation import allocate, ranked_worth, spread_evenly
 from .costs import Description, ParameterCount, count_flops, describe, inputs_of, measure_latency
-from .edits import find_edits, narrowed_model
+from .edits import find_edits, narrowed_model, rigid_groups
 from .widths import CUTS, Request, Widths, cut_of, default_multiple, resolve_widths
 
 FORMAT_VERSION = 1
@@ -82,10 +82,17 @@ class SubnetworkSpec:
 
     @classmethod
     def uniform(cls, model: Any, width: float, **changes: Any) -> "SubnetworkSpec":
-        """The same fraction of the neurons and of the heads of every layer, as far as the model has them."""
+        """The same fraction of the neurons and of the heads of every layer, as far as the model lets them be cut."""
         _check_width("width", width)
-        axes = channel_groups(model).axes
-        widths: dict[str, Any] = {axis: width for axis in ("ffn", "heads") if axis in axes}
+        groups = channel_groups(model)
+        rigid = rigid_groups(inner_model(model), groups)
+        widths: dict[str, Any] = {}
+        for cut in ("ffn", "heads", "query_heads"):
+            # Query heads leave with their key-value head, if that is not the only one.
+            own = [group for group in groups if cut_of(group) == cut]
+            each = [1.0 if group.name in rigid or group.parent else width for group in own]
+            if width in each:
+                widths[cut] = width if len(set(each)) == 1 else each
         return cls(**{**widths, **changes})
 
     @classmethod
@@ -132,7 +139,8 @@ class SubnetworkSpec:
         for axis in axes:
             if axis not in CUTS:
                 raise SubnetworkError(f"axes={tuple(axes)!r} has the unknown axis {axis!r}. Known: {', '.join(CUTS)}.")
-        chosen = [group for group in groups if cut_of(group) in axes]
+        rigid = rigid_groups(inner, groups)
+        chosen = [group for group in groups if cut_of(group) in axes and group.name not in rigid]
         if not chosen:
             raise SubnetworkError(f"{type(inner).__name__} has none of the axes {', '.join(axes)}.")
         if within is not None and not any(name.startswith(f"{within}.") for name, _ in inner.named_parameters()):
