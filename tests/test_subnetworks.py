@@ -397,13 +397,13 @@ def test_heads_that_stay_whole_beside_others():
         extract_subnetwork(model, SubnetworkSpec(heads=1), allow_unordered=True)
     for spec in (
         SubnetworkSpec.uniform(model, 0.5),
-        SubnetworkSpec.from_budget(model, fraction=0.5, within="language_model"),
+        SubnetworkSpec.from_budget(model, fraction=0.98),
     ):
         heads = {name: width for name, width in spec.widths(model).items() if name.endswith("heads")}
         assert heads
         assert not any("vision_model" in name for name in heads)
         model.vision_model(torch.zeros(1, 3, 8, 8, dtype=torch.float64))
-        with subnetwork_view(model, spec):
+        with subnetwork_view(model, spec, allow_unordered=True):
             model.vision_model(torch.zeros(1, 3, 8, 8, dtype=torch.float64))
 
 
