@@ -5,6 +5,7 @@ import copy
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import warnings
@@ -319,6 +320,15 @@ def test_evaluation_measures_every_width(tmp_path):
     plain = trainer_of(tmp_path, copy.deepcopy(trainer.model), kind=Trainer).evaluate()
     assert plain["eval_loss"] == metrics["eval_loss"]
     assert not any("width" in key for key in trainer.predict(trainer.eval_dataset).metrics)
+
+
+def test_progress_counts_every_width_from_zero(tmp_path, capfd):
+    trainer = trainer_of(tmp_path, disable_tqdm=False, per_device_eval_batch_size=2)
+    trainer.evaluate()
+    counts = re.findall(r"(\d+)/(\d+) \[", capfd.readouterr().err)
+    assert [done for done, total in counts].count("4") >= 4
+    assert {total for _, total in counts} == {"4"}
+    assert all(int(done) <= 4 for done, _ in counts)
 
 
 def test_evaluated_widths_may_be_others(tmp_path):

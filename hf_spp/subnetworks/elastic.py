@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Trainer, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerState, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from .._compat import accept_checkpoint_names
@@ -20,6 +20,7 @@ from ..callback import SPPCallback
 from ..errors import SPPConfigError, SubnetworkError
 from ..structure import inner_model
 from .costs import ParameterCount
+from .distillation import distance, learnt_from
 from .extraction import is_ordered, subnetwork_view
 from .spec import SubnetworkSpec
 from .widths import cut_of
@@ -175,7 +176,7 @@ class ElasticTrainer(Trainer):
         counted = None if items is None else items.clamp(min=1)
         loss, outputs = super().compute_loss(model, inputs, True, counted)
         if self.distillation > 0 and current.name == FULL:
-            current.targets = {name: value.detach() for name, value in _learnt_from(outputs).items()}
+            current.targets = {name: value.detach() for name, value in learnt_from(outputs).items()}
         elif self.distillation > 0:
             learnt = self.distillation_loss(outputs, current.targets, given)
             if items is not None and self.args.average_tokens_across_devices:
@@ -201,26 +202,7 @@ class ElasticTrainer(Trainer):
             SubnetworkError: An output has a shape that does not say what is to be learnt from it.
         """
         labels = self._aligned_labels(inputs)
-        losses = []
-        for name, target in targets.items():
-            output = outputs[name]
-            if output.shape != target.shape:
-                raise SubnetworkError(
-                    f"{name} is of shape {list(output.shape)} in a sub-network and of {list(target.shape)} in the full "
-                    "model, so it cannot be learnt from. Leave hidden out of the widths, or set distillation=0.0."
-                )
-            output, target = _exact(output), _exact(target)
-            if name == "last_hidden_state":
-                output, target = _masked(output, target, inputs.get("attention_mask"))
-                losses.append(_mean_square(output, target))
-            elif _is_regression(inner_model(self.model), target):
-                losses.append(_mean_square(output, target))
-            elif labels is not None and labels.is_floating_point() and labels.shape == target.shape:
-                losses.append(_binary_divergence(output, target, self.temperature))
-            else:
-                output, target = _positions(name, output, target, labels, inputs)
-                losses.append(_divergence(output, target, self.temperature))
-        return torch.stack(losses).mean()
+        return distance(inner_model(self.model), outputs, targets, inputs, labels, self.temperature)
 
     def _aligned_labels(self, inputs: Mapping[str, Any]) -> Any:
         """The label of every place of the logits, None if they have none."""
@@ -253,11 +235,18 @@ class ElasticTrainer(Trainer):
         metrics: Any = output.metrics
         for name, spec in self.eval_widths.items():
             prefix = f"{metric_key_prefix}_width_{name}"
+            self._end_progress_bar()
             with torch.no_grad(), subnetwork_view(self.model, spec, allow_unordered=True):
                 found: Any = super().evaluation_loop(dataloader, *settings, prefix).metrics
             found.pop(f"{prefix}_model_preparation_time", None)
             metrics.update(found)
         return output
+
+    def _end_progress_bar(self) -> None:
+        """Let the next width count from 0."""
+        bars: list[Any] = [one for one in self.callback_handler.callbacks if isinstance(one, ProgressCallback)]
+        for bar in bars:
+            bar.on_predict(self.args, self.state, self.control)
 
 
 @dataclass
@@ -375,76 +364,3 @@ def _spec_of(argument: str, model: Any, width: Any) -> SubnetworkSpec:
             "SubnetworkSpec."
         )
     return SubnetworkSpec.uniform(model, width)
-
-
-def _learnt_from(outputs: Any) -> dict[str, Tensor]:
-    """The outputs that sub-networks learn from, by name: logits, or the last hidden state where there are none."""
-    known = outputs if isinstance(outputs, Mapping) else {}
-    values = {name: value for name, value in known.items() if isinstance(value, Tensor) and value.is_floating_point()}
-    logits = {
-        name: value
-        for name, value in values.items()
-        if name == "logits" or name.startswith("logits_per_") or (name.endswith("_logits") and "router" not in name)
-    }
-    if logits:
-        return logits
-    if "last_hidden_state" in values:
-        return {"last_hidden_state": values["last_hidden_state"]}
-    raise SubnetworkError(
-        f"The model put out {', '.join(known) or type(outputs).__name__}, which has neither logits nor a last hidden "
-        "state to learn from. Set distillation=0.0, with which sub-networks learn from the labels."
-    )
-
-
-def _positions(
-    name: str, output: Tensor, target: Tensor, labels: Any, inputs: Mapping[str, Any]
-) -> tuple[Tensor, Tensor]:
-    """Logits of the places that are learnt, classes last."""
-    shape, mask = target.shape[:-1], inputs.get("attention_mask")
-    if isinstance(labels, Tensor) and labels.shape == shape:
-        return _masked(output, target, labels.ne(-100))
-    if target.dim() == 4 and isinstance(labels, Tensor) and labels.dim() == 3:
-        # Of every pixel, in a coarser image than that of the labels.
-        return output.movedim(1, -1), target.movedim(1, -1)
-    if target.dim() > 3:
-        raise SubnetworkError(
-            f"{name} is of shape {list(target.shape)}, and the labels do not say which axis is that of classes. "
-            "Override distillation_loss, or set distillation=0.0."
-        )
-    return _masked(output, target, mask)
-
-
-def _masked(output: Tensor, target: Tensor, mask: Any) -> tuple[Tensor, Tensor]:
-    """The places that a mask of all places leaves, or all of them where there is none."""
-    if not isinstance(mask, Tensor) or mask.shape != target.shape[:-1]:
-        return output, target
-    places = mask.to(device=target.device, dtype=torch.bool)
-    return output[places], target[places]
-
-
-def _exact(values: Tensor) -> Tensor:
-    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
-
-
-def _is_regression(model: Any, logits: Tensor) -> bool:
-    problem = getattr(getattr(model, "config", None), "problem_type", None)
-    return problem == "regression" or logits.shape[-1] == 1
-
-
-def _mean_square(output: Tensor, target: Tensor) -> Tensor:
-    return (output - target).square().sum() / max(target.numel(), 1)
-
-
-def _divergence(output: Tensor, target: Tensor, temperature: float) -> Tensor:
-    """Kullback-Leibler divergence of the softmax, a mean over all places."""
-    log_target, log_output = ((values / temperature).log_softmax(-1) for values in (target, output))
-    total = functional.kl_div(log_output, log_target, reduction="sum", log_target=True)
-    return total * temperature**2 / max(target[..., 0].numel(), 1)
-
-
-def _binary_divergence(output: Tensor, target: Tensor, temperature: float) -> Tensor:
-    """Kullback-Leibler divergence of the sigmoid, a mean over all logits."""
-    probability, logits = (target / temperature).sigmoid(), output / temperature
-    entropy = functional.binary_cross_entropy_with_logits(target / temperature, probability)
-    cross = functional.binary_cross_entropy_with_logits(logits, probability)
-    return (cross - entropy) * temperature**2
