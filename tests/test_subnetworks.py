@@ -453,3 +453,19 @@ def test_code_that_reads_the_number_of_heads_from_the_config(heads):
         with subnetwork_view(model, SubnetworkSpec(heads=heads)):
             assert relative_difference(expected, outputs_of(model, inputs)) < 1e-10
     assert model.config.n_head == 4
+
+
+def test_a_norm_over_neurons_is_named(caplog):
+    from transformers import BitNetConfig, BitNetForCausalLM
+
+    config = BitNetConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    model = BitNetForCausalLM(config).eval()
+    data = [{"input_ids": torch.arange(12).reshape(2, 6)}]
+    with caplog.at_level("WARNING", "hf_spp"):
+        extract_subnetwork(model, SubnetworkSpec(ffn=8), calibration=data, allow_unordered=True)
+        assert "statistics" not in caplog.text
+        extract_subnetwork(model, SubnetworkSpec(ffn=8), allow_unordered=True)
+    assert "BitNetRMSNorm of BitNetForCausalLM computes statistics over the channels" in caplog.text

@@ -33,7 +33,7 @@ RIGID_HEADS = {
     **dict.fromkeys(
         ("BlipAttention", "Blip2Attention", "InstructBlipAttention", "InstructBlipVideoAttention", "MgpstrAttention",
          "TimesformerSelfAttention", "PPOCRV5ServerRecAttention", "PPOCRV5MobileRecAttention",
-         "PPOCRV6SmallRecAttention", "Florence2VisionWindowAttention"),
+         "PPOCRV6SmallRecAttention", "Florence2VisionWindowAttention", "DetrAttention"),
         _FROM_STREAM,
     ),
     "CodeGenAttention": "lays its heads out in four equal parts",

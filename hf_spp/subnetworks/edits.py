@@ -261,6 +261,8 @@ def _unit_attributes(
         holders = [member.tensor.rpartition(".")[0] for member in group.members]
         # The loss that keeps experts busy counts them in the model itself.
         around = [path for owner in group.owners for path in _above(owner)] if group.axis == "experts" else []
+        if group.axis == "ffn":
+            around = [path for path in (owner.rpartition(".")[0] for owner in group.owners) if path.endswith("experts")]
         changes = _counts(group, groups, widths, outer, shapes)
         for path in dict.fromkeys((*group.owners, *holders, *around)):
             if group.axis == "heads" and type(modules[path]).__name__ in counts.READ_CONFIG:

@@ -1,6 +1,7 @@
 """Sub-networks as models of their own, and as views of the model that they are cut from."""
 
 import copy
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from ..architectures import channel_groups
 from ..channels import ChannelGroup, ChannelMap
@@ -25,6 +27,10 @@ from .spec import SubnetworkSpec, known_reordering
 from .stock import query_factors, stock_model
 from .widths import Kept, Widths, kept_places, narrowed
 
+logger = logging.get_logger(__name__)
+
+_NORM = re.compile(r"(?<!Batch)Norm|GRN")
+
 
 def extract_subnetwork(
     model: PreTrainedModel,
@@ -37,7 +43,8 @@ def extract_subnetwork(
     """Cut a smaller model out of a reordered one.
 
     The result is a model of the same class with its own memory. It computes what the model computes with the cut
-    channels masked to zero, or with `compensate` comes closer to the whole model than that. Where a stock config can
+    channels masked to zero (but for norms over neurons, which then count fewer), or with `compensate` comes closer to
+    the whole model than that. Where a stock config can
     state its sizes it has that config, and `AutoModel.from_pretrained` loads what it saves; elsewhere
     `hf_spp.load_subnetwork` does.
 
@@ -64,6 +71,12 @@ def extract_subnetwork(
     compensated: tuple[str, ...] = ()
     if batches is not None and widths:
         compensated = refit(model, small, groups, widths, kept, batches)
+    elif norms := _norms_over(model, groups, widths):
+        logger.warning(
+            f"{', '.join(norms)} of {type(model).__name__} computes statistics over the channels that are cut, so the "
+            "slice is not quite what the model computes without these channels. Give calibration data to make up for "
+            "that."
+        )
     note_record(small, SubnetworkRecord(spec, widths, type(small).__name__, reason, compensated))
     return small
 
@@ -144,6 +157,18 @@ def _settle(model: Any, spec: SubnetworkSpec, allow_unordered: bool) -> tuple[Ch
             stacklevel=4,
         )
     return groups, widths
+
+
+def _norms_over(model: Any, groups: ChannelMap, widths: Widths) -> list[str]:
+    """Classes of norms whose statistics are those of channels that are cut, inside a unit."""
+    found = []
+    for group in groups:
+        if group.name in widths and group.axis in ("ffn", "heads", "vo"):
+            for member in group.members:
+                name = type(model.get_submodule(member.tensor.rpartition(".")[0])).__name__
+                if member.role == "other" and _NORM.search(name):
+                    found.append(name)
+    return list(dict.fromkeys(found))
 
 
 def is_ordered(model: Any, groups: Iterable[ChannelGroup]) -> bool:
