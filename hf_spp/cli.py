@@ -1,23 +1,16 @@
 """The command `hf-spp`: reads options, calls the library, prints. What needs torch is imported inside the commands."""
 
 import dataclasses
-import logging
 import os
-import sys
-import traceback
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
-from typer.core import TyperGroup
 
-from .errors import CalibrationError, SPPConfigError, SPPError
+from .command_group import FAILED, Commands
+from .errors import CalibrationError, SPPConfigError
 from .terminal import (
-    err,
     out,
     show_comparison,
     show_families,
@@ -40,61 +33,8 @@ WIDTHS_FOLDER = Path("spp-widths")
 WIDTHS = ("0.25", "0.5", "0.75")
 CALIBRATION_BATCH = 32
 
-FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
-
-
-class _Commands(TyperGroup):
-    """Turns bad input into one line and an exit code, and accepts `--debug` anywhere."""
-
-    def main(  # type: ignore[override]
-        self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any
-    ) -> Any:
-        given = list(sys.argv[1:] if args is None else args)
-        debug = "--debug" in given
-        extra |= {"prog_name": "hf-spp", "standalone_mode": False}
-        try:
-            with _quiet(debug):
-                code = super().main([word for word in given if word != "--debug"], **extra)
-        except typer.Abort:
-            code = INTERRUPTED
-        except Exception as error:
-            # Only the parser's own errors have this method; the library that defines them differs between versions.
-            usage = getattr(error, "format_message", None)
-            if not (usage or isinstance(error, SPPError)):
-                raise
-            if debug:
-                traceback.print_exc()
-            message = _usage(error, usage()) if usage else str(error)
-            err().print(f"[bold red]Error:[/] {escape(' '.join(message.split()))}", soft_wrap=True)
-            code = BAD_INPUT
-        sys.exit(code if isinstance(code, int) else 0)
-
-
-def _usage(error: Any, message: str) -> str:
-    path = getattr(getattr(error, "ctx", None), "command_path", "hf-spp")
-    return f"{message.rstrip('.')}. See `{path} --help`."
-
-
-@contextmanager
-def _quiet(debug: bool) -> Iterator[None]:
-    """Show this package's warnings as notes, and nobody's else unless `debug`."""
-    notes = logging.StreamHandler()
-    notes.setFormatter(logging.Formatter("Note: %(message)s"))
-    ours = logging.getLogger("hf_spp")
-    ours.addHandler(notes)
-    ours.propagate = False
-    try:
-        with warnings.catch_warnings():
-            if not debug:
-                warnings.simplefilter("ignore")
-            yield
-    finally:
-        ours.removeHandler(notes)
-        ours.propagate = True
-
-
 app = typer.Typer(
-    cls=_Commands,
+    cls=Commands,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",

@@ -116,7 +116,7 @@ class Table:
             if self.logarithmic:
                 axes.set_yscale("log")
             elif self.write is percent:
-                axes.yaxis.set_major_formatter(mpl.ticker.PercentFormatter(1.0, decimals=0))
+                axes.yaxis.set_major_formatter(mpl.ticker.PercentFormatter(1.0))
             axes.grid(alpha=0.3)
         figure.legend(*all_axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
         figure.savefig(CARDS / self.folder / "widths.png", dpi=120)
