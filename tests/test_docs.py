@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from benchmarks.tables import TABLES, written
 from huggingface_hub import ModelCard
 from typer.main import get_command
 
@@ -55,6 +56,12 @@ def test_cards_parse_and_their_plots_exist(card):
     assert parsed.data.eval_results
     for picture in re.findall(r"!\[.*?\]\((.*?)\)", parsed.text):
         assert (card.parent / picture).is_file()
+
+
+@pytest.mark.parametrize("table", TABLES, ids=lambda table: table.folder)
+def test_readme_shows_what_benchmarks_found(table):
+    assert written(README, table) == README
+    assert (ROOT / "model_cards" / table.folder / "widths.png").is_file()
 
 
 @pytest.mark.slow

@@ -2,7 +2,8 @@
 
     python tests/benchmarks/tables.py
 
-Prints the tables of all results below `model_cards/`, and draws the plots beside them.
+Writes the tables of all results below `model_cards/` into the README, where their folders are named in comments, and
+draws the plots beside the results.
 """
 
 import json
@@ -12,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-CARDS = Path(__file__).parents[2] / "model_cards"
+README = Path(__file__).parents[2] / "README.md"
+CARDS = README.parent / "model_cards"
 Rows = Sequence[Mapping[str, Any]]
 
 
@@ -177,10 +179,19 @@ TABLES = (
 )
 
 
+def written(text: str, table: Table) -> str:
+    """The README with a table."""
+    start, end = f"<!-- {table.folder} -->\n", "<!-- end -->"
+    before, found, rest = text.partition(start)
+    if not found:
+        raise SystemExit(f"The README has no line {start}")
+    return f"{before}{start}{table.markdown()}\n{end}{rest.partition(end)[2]}"
+
+
 def main() -> None:
     for table in TABLES:
         if (CARDS / table.folder / "results.json").is_file():
-            print(f"{table.folder}\n\n{table.markdown()}\n")
+            README.write_text(written(README.read_text(), table))
             table.draw()
 
 
