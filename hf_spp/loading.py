@@ -56,6 +56,11 @@ def load_config(source: str | os.PathLike[str]) -> PreTrainedConfig:
             f"Folder {name!r} does not exist. Accepted: a folder written by save_pretrained, or a Hub id such as "
             "'google/vit-base-patch16-224'. Check the path."
         )
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        raise CheckpointError(
+            f"Folder {name!r} has no config.json. Accepted: a folder written by save_pretrained. Check the path, or "
+            "save the model there again."
+        )
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(name)
     except ValueError as error:

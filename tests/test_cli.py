@@ -271,6 +271,8 @@ def test_reorder_refuses_damaged_quantized_and_unknown_models(bert, tmp_path):
     assert "cannot be loaded into BertForMaskedLM" in refused("reorder", bert, tmp_path / "out")
     (bert / "model.safetensors").unlink()
     assert "cannot be loaded into BertForMaskedLM" in refused("reorder", bert, tmp_path / "out")
+    (bert / "config.json").unlink()
+    assert "has no config.json" in refused("reorder", bert, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
