@@ -228,6 +228,21 @@ def test_low_precision_is_fitted_in_float64(dtype):
     assert all(bool(tensor.isfinite().all()) for tensor in small.parameters())
 
 
+def test_single_precision_is_enough_where_features_vary_little():
+    model = ordered("vit")
+    with torch.no_grad():
+        for layer in model.vit.layers:
+            layer.mlp.fc1.bias += 3000
+            layer.mlp.fc2.bias -= 3000 * layer.mlp.fc2.weight.sum(1)
+    data, spec = batches(model), SubnetworkSpec(ffn=8)
+    exact, _ = cut_and_fit(model, spec, data, ridge=0.03)
+    model.float()
+    single = [{name: one.float() if one.is_floating_point() else one for name, one in batch.items()} for batch in data]
+    fitted, _ = cut_and_fit(model, spec, single, ridge=0.03)
+    for layer, expected in zip(fitted.vit.layers, exact.vit.layers, strict=True):
+        torch.testing.assert_close(layer.mlp.fc2.weight.double(), expected.mlp.fc2.weight, rtol=1e-2, atol=1e-3)
+
+
 def test_layers_that_run_several_times():
     from transformers import AlbertConfig, AlbertForMaskedLM
 

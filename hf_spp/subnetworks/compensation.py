@@ -47,7 +47,7 @@ _ROUTED = re.compile(r"(^|\.)experts\.")
 
 
 class Gram:
-    """Sums for a least-squares fit: products of features with themselves and with targets, float64, weighted by token.
+    """Sums for a least-squares fit: products of features with themselves and with targets, weighted by token, float64.
 
     Memory is that of the sums, whatever the number of tokens. Half of the tokens of each batch go into one set of sums
     and half into another, so that a fit to the one can be judged by the other.
@@ -66,13 +66,10 @@ class Gram:
 
         With targets, a token's weight is `1 / (|target|² + 0.1 median)`, the median being that of all `|target|²` here.
         """
-        middle = features.shape[-2] // 2
-        weights = None if targets is None else _weights(targets)
-        for half, part in zip(self.halves, (slice(0, middle), slice(middle, None)), strict=True):
-            if targets is None or weights is None:
-                half.add(features[..., part, :])
-            else:
-                half.add_with_targets(features[part], targets[part], weights[part])
+        tokens = features.shape[-2]
+        weights = exact(features.new_ones(tokens)) if targets is None else _weights(targets)
+        for half, part in zip(self.halves, (slice(0, tokens // 2), slice(tokens // 2, None)), strict=True):
+            half.add(features[..., part, :], None if targets is None else targets[part], weights[part])
 
     def all_sums(self) -> "tuple[_Sums, _Sums, _Sums]":
         """The sums of each half, and of both."""
@@ -87,7 +84,29 @@ def exact(values: Tensor) -> Tensor:
 def _weights(targets: Tensor) -> Tensor:
     """The weight of each token, `[tokens]`."""
     sizes = exact(targets).square().sum(-1)
-    return 1 / (sizes + _FLOOR * sizes.median() + torch.finfo(torch.float32).tiny) if len(sizes) else sizes
+    if not len(sizes):
+        return sizes
+    scales = sizes + _FLOOR * sizes.median()
+    return 1 / scales.where(scales > 0, 1.0)
+
+
+def _weighted_sum(values: Tensor, weights: Tensor) -> Tensor:
+    return (exact(values) * weights.unsqueeze(-1)).sum(-2)
+
+
+def _products(left: Tensor, right: Tensor, weights: Tensor, left_sum: Tensor, right_sum: Tensor) -> Tensor:
+    """Sums over tokens of the products of two features, float64.
+
+    The large matrix product is that of deviations from the mean, for which single precision is enough.
+    """
+    total = weights.sum()
+    left, right = (values if values.dtype == torch.float64 else values.float() for values in (left, right))
+    left_mean, right_mean = (left_sum / total).to(left), (right_sum / total).to(right)
+    scaled = (left - left_mean.unsqueeze(-2)) * weights.to(left).unsqueeze(-1)
+    deviations = exact(scaled.mT @ (right - right_mean.unsqueeze(-2)))
+    left_mean, right_mean = exact(left_mean).unsqueeze(-1), exact(right_mean).unsqueeze(-2)
+    around = left_mean * right_sum.unsqueeze(-2) + left_sum.unsqueeze(-1) * right_mean
+    return deviations + around - total * left_mean * right_mean
 
 
 @dataclass
@@ -99,22 +118,18 @@ class _Sums:
     with_targets: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
     target_sums: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
 
-    def add(self, features: Tensor) -> None:
-        features = exact(features)
+    def add(self, features: Tensor, targets: Tensor | None, weights: Tensor) -> None:
+        if features.shape[-2] == 0:
+            return
+        sums = _weighted_sum(features, weights)
         self.tokens += features.shape[-2]
-        self.weights = self.weights + features.shape[-2]
-        self.products = self.products + features.mT @ features
-        self.sums = self.sums + features.sum(-2)
-
-    def add_with_targets(self, features: Tensor, targets: Tensor, weights: Tensor) -> None:
-        features, targets = exact(features), exact(targets)
-        weighted = features * weights.unsqueeze(1)
-        self.tokens += len(features)
         self.weights = self.weights + weights.sum()
-        self.products = self.products + weighted.T @ features
-        self.sums = self.sums + weighted.sum(0)
-        self.with_targets = self.with_targets + weighted.T @ targets
-        self.target_sums = self.target_sums + weights @ targets
+        self.products = self.products + _products(features, features, weights, sums, sums)
+        self.sums = self.sums + sums
+        if targets is not None:
+            target_sums = _weighted_sum(targets, weights)
+            self.with_targets = self.with_targets + _products(features, targets, weights, sums, target_sums)
+            self.target_sums = self.target_sums + target_sums
 
     def __add__(self, other: "_Sums") -> "_Sums":
         return _Sums(
