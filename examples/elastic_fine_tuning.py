@@ -7,7 +7,7 @@ import sys
 
 from transformers import AutoImageProcessor, AutoModelForImageClassification, Trainer, TrainingArguments, set_seed
 
-from hf_spp import ElasticTrainer, SPPConfig, apply_spp, extract_subnetwork
+from hf_spp import ElasticTrainer, SPPConfig, apply_spp, extract_subnetwork, save_width
 from hf_spp.assets import digits, dinov2_small
 from hf_spp.comparison.images import pixel_transform
 from hf_spp.comparison.metrics import classification_metrics
@@ -35,7 +35,8 @@ def settings(steps: int) -> TrainingArguments:
 
 
 Trainer(model, settings(40), train_dataset=data["train"]).train()
-apply_spp(model, SPPConfig(metric="l1"))
+batches = [{"pixel_values": data["train"][start : start + 32]["pixel_values"]} for start in range(0, 256, 32)]
+reordering = apply_spp(model, SPPConfig(metric="taylor"), calibration=batches)
 
 trainer = ElasticTrainer(
     model,
@@ -54,5 +55,10 @@ for name in ("full", *reversed(trainer.widths)):
     key = "eval_accuracy" if name == "full" else f"eval_width_{name}_accuracy"
     print(f"{name:<8}{before[key]:>8.3f}{after[key]:>8.3f}")
 
-small = extract_subnetwork(model, trainer.widths["0.5"])
+small = extract_subnetwork(model, trainer.widths["0.5"], calibration=batches)
 print(f"{model.num_parameters():,} parameters, and {small.num_parameters():,} at a width of 0.5")
+
+model.save_pretrained(folder)
+reordering.save_pretrained(folder)
+save_width(folder, "0.5", small)
+print(f"{folder} holds the model, its orders, and what load_subnetwork({folder!r}, '0.5') needs.")

@@ -41,8 +41,9 @@ class ElasticTrainer(Trainer):
     number of the step alone, so a resumed run draws what the uninterrupted one would have drawn. Micro-batches of
     gradient accumulation count by their labels, also for models whose own loss leaves that out.
 
-    The model should be in order of saliency: call `apply_spp` before, or pass an `SPPCallback`. A step takes one
-    forward and backward pass for each width. Outputs that are learnt from are logits (the Kullback-Leibler divergence,
+    The model should know its task, since sub-networks learn from it from the first step on, and be in order of
+    saliency: fine-tune it, call `apply_spp`, and then train it so; or pass an `SPPCallback`. A step takes one forward
+    and backward pass for each width. Outputs that are learnt from are logits (the Kullback-Leibler divergence,
     scaled by the squared temperature, where labels are not -100; the squared error for regressions) or, for models
     without them, the last hidden state (the squared error where tokens are not padded). Override `distillation_loss`
     for others, and pass `compute_loss_func` for another loss of the labels.

@@ -171,6 +171,7 @@ TABLES = (
         {"accuracy": "accuracy"},
         {
             "separate": "four fine-tunings, one of each width",
+            "fine-tuned, compensated": "the first of these alone, slices compensated",
             "elastic": "one elastic training",
             "elastic, compensated": "one elastic training, slices compensated",
         },
