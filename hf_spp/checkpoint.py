@@ -4,6 +4,7 @@ Every write goes to a temporary name beside the target and is renamed, so a cras
 never a part of either. Only safetensors and JSON are read, and every read is validated.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -22,6 +23,8 @@ from safetensors.torch import save as serialize_tensors
 from .errors import CheckpointError, SPPError
 
 PathLike = str | os.PathLike[str]
+
+_PIECE = 1 << 20
 
 
 def write_bytes(path: PathLike, data: bytes) -> Path:
@@ -107,6 +110,22 @@ def read_bytes(path: PathLike) -> bytes:
         return Path(path).read_bytes()
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}. Check the path.") from error
+
+
+def sha256_of(path: PathLike) -> str:
+    """The SHA-256 sum of a file, hexadecimal.
+
+    Raises:
+        CheckpointError: The file cannot be read.
+    """
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while piece := file.read(_PIECE):
+                digest.update(piece)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}. Check the path.") from error
+    return digest.hexdigest()
 
 
 def pack_tensors(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> bytes:

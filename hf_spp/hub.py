@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import os
 import re
@@ -29,6 +28,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from transformers.utils import logging
 
+from . import checkpoint
 from .errors import AssetError, CheckpointError, HubError
 
 logger = logging.get_logger(__name__)
@@ -233,15 +233,12 @@ def verify_checksum(path: Path, sha256: str) -> None:
     Raises:
         AssetError: The digests differ. The file is gone.
     """
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    if digest.hexdigest() == sha256:
+    found = checkpoint.sha256_of(path)
+    if found == sha256:
         return
     path.unlink()
     raise AssetError(
-        f"File '{path}' has the wrong checksum: SHA-256 {digest.hexdigest()}. Accepted: {sha256}. The file was "
+        f"File '{path}' has the wrong checksum: SHA-256 {found}. Accepted: {sha256}. The file was "
         "removed; run the command again, and if this repeats, the package index serves another file under this name."
     )
 

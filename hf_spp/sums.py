@@ -1,0 +1,86 @@
+"""`SHA256SUMS`: what every file of a checkpoint holds, in the format that `sha256sum --check` reads."""
+
+import os
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PurePosixPath
+
+from . import checkpoint
+from .errors import CheckpointError
+
+SUMS_NAME = "SHA256SUMS"
+_LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
+_LARGEST = 1 << 24
+
+
+def write_sums(folder: str | os.PathLike[str]) -> Path:
+    """Write the sums of every file of a folder beside them, hidden files left out.
+
+    Raises:
+        CheckpointError: A file cannot be read, or has a name that the format cannot hold.
+    """
+    folder = Path(folder)
+    lines = [f"{checkpoint.sha256_of(folder / name)}  {_checked(name, folder)}\n" for name in _files(folder)]
+    return checkpoint.write_text(folder / SUMS_NAME, "".join(lines))
+
+
+def read_sums(path: str | os.PathLike[str]) -> dict[str, str]:
+    """The SHA-256 sum of each file, hexadecimal, by its path inside the folder.
+
+    Raises:
+        CheckpointError: The file is missing, too large, or damaged, or a path does not stay inside the folder.
+    """
+    path = Path(path)
+    if path.is_file() and path.stat().st_size > _LARGEST:
+        raise CheckpointError(f"{path} holds {path.stat().st_size:,} bytes, more than a list of sums needs.")
+    found: dict[str, str] = {}
+    for number, line in enumerate(checkpoint.read_text(path).split("\n")[:-1], 1):
+        match = _LINE.fullmatch(line)
+        if match is None or match[2] in found:
+            raise CheckpointError(f"Line {number} of {path} is no sum of a file of its own. Download the file again.")
+        found[_checked(match[2], path)] = match[1]
+    return found
+
+
+def check_sums(folder: str | os.PathLike[str], names: Iterable[str] | None = None) -> tuple[str, ...]:
+    """Compare files of a folder with its sums.
+
+    Args:
+        folder: The folder, which holds `SHA256SUMS`.
+        names: The files to compare, by their path inside the folder; None means all that have a sum.
+
+    Returns:
+        The files that were compared.
+
+    Raises:
+        CheckpointError: A file is missing, has no sum, or holds something else.
+    """
+    folder = Path(folder)
+    sums = read_sums(folder / SUMS_NAME)
+    compared = tuple(sums) if names is None else tuple(names)
+    for name in compared:
+        if name not in sums:
+            raise CheckpointError(f"{SUMS_NAME} of {folder} has no sum of {name}. Save the checkpoint again.")
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder} lacks {name}, which its {SUMS_NAME} names. Download the file again.")
+        if checkpoint.sha256_of(folder / name) != sums[name]:
+            raise CheckpointError(
+                f"{name} in {folder} is not the file that {SUMS_NAME} names: its bytes differ. Download it again; if "
+                "it was changed on purpose, save the checkpoint again."
+            )
+    return compared
+
+
+def _files(folder: Path) -> Iterator[str]:
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        if path.is_file() and name.as_posix() != SUMS_NAME and not any(part.startswith(".") for part in name.parts):
+            yield name.as_posix()
+
+
+def _checked(name: str, where: Path) -> str:
+    inside = PurePosixPath(name)
+    plain = name.isprintable() and "\\" not in name and inside.as_posix() == name
+    if not plain or inside.is_absolute() or ".." in inside.parts:
+        raise CheckpointError(f"{name!r} in {where} is no plain path inside of the folder. Rename the file.")
+    return name
