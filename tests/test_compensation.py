@@ -210,6 +210,15 @@ def test_little_data_is_trusted_little():
     assert distance(cut_and_fit(model, spec, data)[0]) < 1.2 * min(fixed) < max(fixed)
 
 
+@pytest.mark.parametrize("fixture", ["llama", "mixture"])
+def test_a_single_token_is_enough_to_run(fixture, request):
+    model = request.getfixturevalue("mixture") if fixture == "mixture" else ordered("llama")
+    data = [{"input_ids": torch.tensor([[3]])}]
+    small = extract_subnetwork(model, SubnetworkSpec(ffn=8), calibration=data)
+    with torch.no_grad(), eager_experts(small):
+        assert bool(small(**data[0]).logits.isfinite().all())
+
+
 def test_nothing_is_changed_where_nothing_flows():
     model = ordered("vit")
     with torch.no_grad():

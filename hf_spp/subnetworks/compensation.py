@@ -5,9 +5,9 @@ layer after layer. It learns from two kinds of inputs alike: those of the kept c
 that the already cut model gives it. The second alone would teach it the errors of earlier layers by heart, the first
 alone would let them grow. The fit is pulled towards the weights that were there, so that little data changes little.
 
-Errors count relative to what is written for a token. Transformers write a hundred times as much for a few tokens, such
-as separators, as for the others, and norms level that again before the next layer; unweighted, these few would be all
-that is fitted.
+Errors count relative to what is written for a token. Transformers write far more for a few tokens, such as separators,
+than for the others, and norms level that again before the next layer; unweighted, these few would be all that is
+fitted.
 
 Reference:
     Least-squares reconstruction behind pruned channels: He, Zhang and Sun, arXiv:1707.06168.
@@ -41,7 +41,7 @@ RIDGES = (0.001, 0.01, 0.1, 1.0, 10.0)
 _HELD_BYTES = 1 << 30
 # What a suspended pass holds, in terms of the features that its next layer reads.
 _HELD_TIMES = 6
-# What a token counts at most, as a share of the median of the sizes of targets.
+# Added to the size of each target, as a share of their median, so that small ones do not count without limit.
 _FLOOR = 0.1
 _ROUTED = re.compile(r"(^|\.)experts\.")
 
@@ -100,8 +100,9 @@ def _products(left: Tensor, right: Tensor, weights: Tensor, left_sum: Tensor, ri
     The large matrix product is that of deviations from the mean, for which single precision is enough.
     """
     total = weights.sum()
+    divisor = total.clamp_min(torch.finfo(torch.float64).tiny)
     left, right = (values if values.dtype == torch.float64 else values.float() for values in (left, right))
-    left_mean, right_mean = (left_sum / total).to(left), (right_sum / total).to(right)
+    left_mean, right_mean = (left_sum / divisor).to(left), (right_sum / divisor).to(right)
     scaled = (left - left_mean.unsqueeze(-2)) * weights.to(left).unsqueeze(-1)
     deviations = exact(scaled.mT @ (right - right_mean.unsqueeze(-2)))
     left_mean, right_mean = exact(left_mean).unsqueeze(-1), exact(right_mean).unsqueeze(-2)
@@ -119,8 +120,6 @@ class _Sums:
     target_sums: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
 
     def add(self, features: Tensor, targets: Tensor | None, weights: Tensor) -> None:
-        if features.shape[-2] == 0:
-            return
         sums = _weighted_sum(features, weights)
         self.tokens += features.shape[-2]
         self.weights = self.weights + weights.sum()
