@@ -212,6 +212,13 @@ def copy_file(source: PathLike, target: PathLike) -> Path:
     return write_bytes(target, read_bytes(source))
 
 
+def copy_missing(files: Mapping[str, Path], folder: Path) -> None:
+    """Copy files into a folder, by their path inside it, where it has none of that name."""
+    for name, path in files.items():
+        if not (folder / name).exists():
+            copy_file(path, folder / name)
+
+
 def _share(folder: Path) -> None:
     """Give files the folder's own permissions: safetensors writes weights for their owner alone."""
     mode = stat.S_IMODE(folder.stat().st_mode)

@@ -68,9 +68,7 @@ def save_reordered(
     with checkpoint.replacing_folder(target, overwrite=overwrite) as folder:
         with quiet_transformers():
             model.save_pretrained(folder)
-        for name, path in beside.items():
-            if not (folder / name).exists():
-                checkpoint.copy_file(path, folder / name)
+        checkpoint.copy_missing(beside, folder)
         reordering.save_pretrained(folder)
         write_card(folder, source=source)
     return Path(target)

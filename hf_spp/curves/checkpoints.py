@@ -112,9 +112,7 @@ def save_slice(
     with checkpoint.replacing_folder(target, overwrite=overwrite) as folder:
         with quiet_transformers(bars=False), _without_notes(record.__name__):
             small.save_pretrained(folder)
-        for name, path in beside.items():
-            if not (folder / name).exists():
-                checkpoint.copy_file(path, folder / name)
+        checkpoint.copy_missing(beside, folder)
     weights = [list(one.parameters()) for one in (model, small)]
     counts = [sum(one.numel() for one in each) for each in weights]
     sizes = [sum(one.numel() * one.element_size() for one in each) for each in weights]
