@@ -1,4 +1,4 @@
-"""The only file of hf_spp that uses the network: files of Hub repositories, wheels, Debian packages."""
+"""Wheels and Debian packages, by the clients that this machine is set up with."""
 
 from __future__ import annotations
 
@@ -11,25 +11,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from urllib.parse import unquote
 
-import huggingface_hub
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from transformers.utils import logging
 
-from . import checkpoint
-from .errors import AssetError, CheckpointError, HubError
+from .. import checkpoint
+from ..errors import AssetError
 
 logger = logging.get_logger(__name__)
 
@@ -40,126 +30,6 @@ _NETWORK_FAILURE = re.compile(
     r"failed|reset)|timed out",
     re.IGNORECASE,
 )
-
-
-def resolve_file(
-    repo_or_dir: str | os.PathLike[str],
-    filename: str,
-    *,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-) -> Path:
-    """Find one file of a checkpoint, in a local folder or in a Hub repository.
-
-    A folder that exists wins over a repository of the same name. A repository's file comes from the Hugging Face
-    cache when it is there, also without network (`HF_HUB_OFFLINE=1`).
-
-    Args:
-        repo_or_dir: A local folder, or a repository id such as `"user/model"`.
-        filename: Path of the file inside the folder or repository, with forward slashes.
-        revision: Branch, tag or commit of the repository. Not used for a local folder.
-        token: Hub token, `True` for the stored one, `False` for none.
-        cache_dir: Cache folder in place of the Hugging Face cache.
-
-    Returns:
-        Path of the file on this machine.
-
-    Raises:
-        CheckpointError: The local folder lacks the file, or the file name leaves the folder.
-        HubError: The repository, revision or file does not exist, needs access rights, or cannot be reached.
-    """
-    inside = PurePosixPath(filename)
-    if inside.is_absolute() or ".." in inside.parts or not inside.parts:
-        raise CheckpointError(
-            f"File name {filename!r} does not stay inside {os.fspath(repo_or_dir)!r}. "
-            "Accepted: a relative path without '..'. Correct the name, or the index file that holds it."
-        )
-    folder = Path(repo_or_dir).expanduser()
-    if folder.is_dir():
-        return _file_in_folder(folder, filename)
-    repo = os.fspath(repo_or_dir)
-    at = f"{repo!r} (revision {revision!r})" if revision else f"{repo!r}"
-    try:
-        cache = None if cache_dir is None else Path(cache_dir)
-        return Path(huggingface_hub.hf_hub_download(repo, filename, revision=revision, token=token, cache_dir=cache))
-    except HFValidationError as error:
-        raise HubError(
-            f"{repo!r} is neither a folder on this machine nor a repository id. "
-            "Accepted: an existing folder, 'name', or 'user/name'. Check the spelling and the working directory."
-        ) from error
-    except GatedRepoError as error:
-        raise HubError(
-            f"Repository {at} is gated, and this account has no access to {filename!r}. "
-            "Accepted: an account that was granted access. Ask for it on the repository's page, then log in with "
-            "`hf auth login` or pass token=."
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise HubError(
-            f"Repository {at} was not found on the Hub, and no folder of that name exists here. Accepted: a public "
-            "repository, or a private one with a token. Check the spelling, run `hf auth login`, or pass token=."
-        ) from error
-    except RevisionNotFoundError as error:
-        raise HubError(
-            f"Repository {repo!r} has no revision {revision!r}. Accepted: a branch, a tag or a commit. "
-            "Leave revision= out for the default branch."
-        ) from error
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        raise HubError(
-            f"File {filename!r} of {at} is not in the local cache, and the Hub cannot be reached. Accepted: a cached "
-            "file, or a connection. Unset HF_HUB_OFFLINE and connect once, or pass a local folder."
-        ) from error
-    except EntryNotFoundError as error:
-        raise HubError(
-            f"Repository {at} has no file {filename!r}. Accepted: a file that its page lists. "
-            "Check that this is the repository and revision you mean."
-        ) from error
-    # A connection that breaks raises a type of the HTTP client, which differs between versions of huggingface_hub.
-    except Exception as error:
-        raise HubError(
-            f"File {filename!r} of {at} could not be downloaded: {error}. Accepted: an answer without error. "
-            "Try again later, or pass a local folder."
-        ) from error
-
-
-def _file_in_folder(folder: Path, filename: str) -> Path:
-    path = folder / filename
-    if path.is_file():
-        return path
-    found = sorted(entry.name for entry in folder.iterdir())
-    listing = ", ".join(found[:8]) + (", …" if len(found) > 8 else "") if found else "nothing"
-    raise CheckpointError(
-        f"Folder '{folder}' has no file {filename!r}; it holds {listing}. Accepted: a folder written by "
-        "save_pretrained. Check the path, or save the model there again."
-    )
-
-
-def find_files(repo_or_dir: str | os.PathLike[str], patterns: Sequence[str]) -> dict[str, Path]:
-    """Find the files of a local folder or a Hub repository whose path inside it matches a glob pattern.
-
-    Files of a repository that match are downloaded, or come from the Hugging Face cache.
-
-    Args:
-        repo_or_dir: A local folder, or a repository id such as `"user/model"`.
-        patterns: Glob patterns; `*` does not cross a `/`.
-
-    Returns:
-        Path on this machine by path inside the folder or repository.
-
-    Raises:
-        HubError: The repository cannot be read.
-    """
-    folder = Path(repo_or_dir).expanduser()
-    if not folder.is_dir():
-        try:
-            folder = Path(huggingface_hub.snapshot_download(os.fspath(repo_or_dir), allow_patterns=list(patterns)))
-        except (HFValidationError, OSError) as error:
-            raise HubError(
-                f"The files of {os.fspath(repo_or_dir)!r} could not be downloaded: {error} Accepted: a folder on this "
-                "machine, or a repository that can be reached. Try again later, or pass a local folder."
-            ) from error
-    found = (path for pattern in patterns for path in sorted(folder.glob(pattern)) if path.is_file())
-    return {path.relative_to(folder).as_posix(): path for path in found}
 
 
 def download_wheel(
