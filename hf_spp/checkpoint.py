@@ -7,11 +7,9 @@ never a part of either. Only safetensors and JSON are read, and every read is va
 import hashlib
 import json
 import os
-import shutil
-import stat
 import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as deserialize_tensors
 from safetensors.torch import save as serialize_tensors
 
-from .errors import CheckpointError, SPPError
+from .errors import CheckpointError
 
 PathLike = str | os.PathLike[str]
 
@@ -34,7 +32,7 @@ def write_bytes(path: PathLike, data: bytes) -> Path:
         CheckpointError: The folder cannot be written.
     """
     target = Path(path)
-    temporary = _beside(target)
+    temporary = beside(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
@@ -42,6 +40,7 @@ def write_bytes(path: PathLike, data: bytes) -> Path:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)
+        sync_names(target.parent)
     except OSError as error:
         raise CheckpointError(
             f"{target} cannot be written ({error.strerror or error}). Give a folder that exists and is writable."
@@ -156,57 +155,6 @@ def unpack_tensors(data: bytes, name: str) -> tuple[dict[str, torch.Tensor], dic
     return tensors, dict(header.get("__metadata__", {}))
 
 
-@contextmanager
-def replacing_folder(target: PathLike, *, overwrite: bool = False) -> Iterator[Path]:
-    """Build a folder beside `target` and move it into place only when the block ends well.
-
-    An existing folder is moved aside first and removed last, so at every moment one whole version lies on disk.
-
-    Args:
-        target: The folder to make.
-        overwrite: Whether a non-empty folder at `target` may be replaced.
-
-    Raises:
-        CheckpointError: `target` is a file, or a folder with content and `overwrite` is false.
-    """
-    folder = Path(target)
-    check_replaceable(folder, overwrite=overwrite)
-    temporary, old = _beside(folder), _beside(folder)
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        _share(temporary)
-        if folder.exists():
-            os.replace(folder, old)
-        try:
-            os.replace(temporary, folder)
-        except OSError:
-            if old.exists():
-                os.replace(old, folder)
-            raise
-    except OSError as error:
-        if isinstance(error, SPPError):
-            raise
-        raise CheckpointError(f"{folder} cannot be written ({error}). Give a folder that is writable.") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if folder.exists():
-            shutil.rmtree(old, ignore_errors=True)
-
-
-def check_replaceable(target: PathLike, *, overwrite: bool = False) -> None:
-    """Refuse early to write over a file, or over a folder with content unless `overwrite`.
-
-    Raises:
-        CheckpointError: `target` may not be replaced.
-    """
-    folder = Path(target)
-    if folder.exists() and not folder.is_dir():
-        raise CheckpointError(f"{folder} is a file; a folder is written there. Give another path.")
-    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
-        raise CheckpointError(f"{folder} exists and is not empty. Give another folder, or overwrite it (--overwrite).")
-
-
 def copy_file(source: PathLike, target: PathLike) -> Path:
     """Copy a file's bytes, atomically."""
     return write_bytes(target, read_bytes(source))
@@ -219,12 +167,16 @@ def copy_missing(files: Mapping[str, Path], folder: Path) -> None:
             copy_file(path, folder / name)
 
 
-def _share(folder: Path) -> None:
-    """Give files the folder's own permissions: safetensors writes weights for their owner alone."""
-    mode = stat.S_IMODE(folder.stat().st_mode)
-    for path in folder.rglob("*"):
-        path.chmod(mode if path.is_dir() else mode & 0o666)
-
-
-def _beside(path: Path) -> Path:
+def beside(path: Path) -> Path:
+    """A hidden name beside a file or folder, for what is to take its place."""
     return path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.tmp"
+
+
+def sync_names(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk; Windows cannot be asked for that."""
+    if os.name != "nt":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -169,9 +169,9 @@ def reorder(
     The copy computes the same, which is measured before it is written. `transformers` alone loads it.
     """
     with working("Starting"):
-        from .checkpoint import check_replaceable
         from .config import WEIGHT_METRICS, SPPConfig
         from .conversion import load_original, save_reordered
+        from .folders import check_replaceable
         from .transform import apply_spp
     names, parts = (tuple(_split(values)) or None for values in (axes, towers))
     config = SPPConfig(axes=names, towers=parts, metric=metric, seed=seed, verify=not no_verify)
@@ -244,9 +244,9 @@ def cut(
             f"exactly one of {', '.join(options)}. {'Leave out the others' if stated else 'Give --width 0.5'}."
         )
     with working("Starting"):
-        from .checkpoint import check_replaceable
         from .curves.checkpoints import load_reordered, save_slice
         from .curves.named_data import load_named_data
+        from .folders import check_replaceable
         from .subnetworks import SubnetworkSpec, extract_subnetwork
     check_replaceable(target, overwrite=overwrite)
     chosen = None if spec is None else SubnetworkSpec.load(spec)

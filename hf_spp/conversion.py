@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from . import checkpoint
+from . import checkpoint, folders
 from .apply import invert_indices, named_tensors
 from .architectures import channel_groups
 from .cards.reports import CHECKPOINT_NAME, checkpoint_method, write_card
@@ -63,9 +63,9 @@ def save_reordered(
     Raises:
         CheckpointError: `target` may not be replaced, or cannot be written.
     """
-    checkpoint.check_replaceable(target, overwrite=overwrite)
+    folders.check_replaceable(target, overwrite=overwrite)
     beside = companion_files(source)
-    with checkpoint.replacing_folder(target, overwrite=overwrite) as folder:
+    with folders.replacing_folder(target, overwrite=overwrite) as folder:
         with quiet_transformers():
             model.save_pretrained(folder)
         checkpoint.copy_missing(beside, folder)

@@ -1,7 +1,8 @@
 """What is saved of a model in training: the orders with the weights, adapters in the order that is asked for."""
 
 import hashlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -9,13 +10,25 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from . import checkpoint
+from . import checkpoint, folders
 from .adapters import ADAPTER_WEIGHTS, read_adapter, remapped
 from .config import CONFIG_NAME
 from .orders_file import ORDERS_NAME
 from .reordering import Reordering, total_of
 from .structure import inner_model, part_of, tuner_layers
+from .sums import SUMS_NAME
 
+# What a folder is taken for depends on these, so they go first and come last.
+_LAST = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "spp_subnetwork.json",
+    CONFIG_NAME,
+    ORDERS_NAME,
+    SUMS_NAME,
+)
+# Weights and what was made of them.
+_WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "spp_*/*.safetensors")
 AdapterOrder = Literal["original", "reordered"]
 _SAMPLE = 256
 
@@ -24,8 +37,7 @@ class OrderedSaving:
     """The `save_pretrained` of a model in training, which keeps the orders with the weights.
 
     Beside the weights of a plain model it writes the orders that the model is in. Adapters are saved for the original
-    base model, or as they are with the orders beside them. Orders that lie in the folder go first, so that weights
-    never lie beside those of others. Copies of the model save in the same way.
+    base model, or as they are with the orders beside them. Copies of the model save in the same way.
 
     Args:
         model: The model, plain or PEFT's.
@@ -38,17 +50,17 @@ class OrderedSaving:
     def __call__(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> Any:
         """Save the model into a folder; arguments are those of the model's own `save_pretrained`."""
         save, reordering = partial(type(self.model).save_pretrained, self.model), total_of(self.model)
-        writes = kwargs.get("is_main_process", True)
-        if writes:
-            checkpoint.remove_file(Path(save_directory) / ORDERS_NAME)
-            checkpoint.remove_file(Path(save_directory) / CONFIG_NAME)
-        if reordering is not None and saves_portable(self.model, self.adapters):
+        portable = reordering is not None and saves_portable(self.model, self.adapters)
+        if reordering is not None and portable:
             state = kwargs.pop("state_dict", None)
             state = self.model.state_dict() if state is None else state
-            return save(save_directory, *args, **kwargs, state_dict=self._in_original_order(state, reordering))
-        result = save(save_directory, *args, **kwargs)
-        if writes and reordering is not None:
-            reordering.save_pretrained(save_directory)
+            kwargs["state_dict"] = self._in_original_order(state, reordering)
+        if not kwargs.get("is_main_process", True) or Path(save_directory).is_file():
+            return save(save_directory, *args, **kwargs)
+        with replacing_checkpoint(save_directory) as folder:
+            result = save(folder, *args, **kwargs)
+            if reordering is not None and not portable:
+                reordering.save_pretrained(folder)
         return result
 
     def _in_original_order(self, state: Mapping[str, Tensor], reordering: Reordering) -> dict[str, Tensor]:
@@ -63,6 +75,20 @@ class OrderedSaving:
 
     def __reduce__(self) -> Any:
         return OrderedSaving, (self.model, self.adapters)
+
+
+@contextmanager
+def replacing_checkpoint(save_directory: str | Path) -> Iterator[Path]:
+    """Build the files of a model and move them into a folder, where no old file of a model stays beside new ones.
+
+    Raises:
+        CheckpointError: The folder cannot be written.
+    """
+    with folders.replacing_files(save_directory, _LAST, _WEIGHTS) as folder:
+        card = Path(save_directory) / "README.md"
+        # PEFT adds to the card that it finds.
+        checkpoint.copy_missing({card.name: card} if card.is_file() else {}, folder)
+        yield folder
 
 
 def saves_portable(model: Any, adapters: AdapterOrder) -> bool:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 from functools import cache
 
 import hypothesis.strategies as st
@@ -11,7 +10,7 @@ import torch
 from conftest import build_model, legal_axes, same_bits, weights_of
 from hypothesis import example, given, settings
 
-from hf_spp import CheckpointError, HubError, OrdersError, Reordering, SPPConfig, SPPError, apply_spp, checkpoint
+from hf_spp import CheckpointError, OrdersError, Reordering, SPPConfig, SPPError, apply_spp, checkpoint
 from hf_spp.config import FORMAT_VERSION
 from hf_spp.orders_file import ORDERS_NAME, _seal
 
@@ -130,97 +129,6 @@ def test_bytes_that_are_no_safetensors_file(data):
         assert "orders is no readable safetensors file" in str(error)  # noqa: PT017
     else:
         assert tensors == {}
-
-
-# --- folders ----------------------------------------------------------------------------------------------------------
-
-
-def test_folder_appears_whole(tmp_path):
-    target = tmp_path / "deep" / "out"
-    with checkpoint.replacing_folder(target) as folder:
-        (folder / "file").write_text("new")
-        assert not target.exists()
-        assert folder.parent == target.parent
-    assert names(target.parent) == ["out"]
-    assert (target / "file").read_text() == "new"
-
-
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, OSError])
-@pytest.mark.parametrize("old", [True, False])
-def test_crash_while_a_folder_is_built(error, old, tmp_path):
-    target = tmp_path / "out"
-    if old:
-        target.mkdir()
-        (target / "file").write_text("old")
-    expected = CheckpointError if error is OSError else error
-
-    def build():
-        with checkpoint.replacing_folder(target, overwrite=True) as folder:
-            (folder / "file").write_text("new")
-            raise error
-
-    with pytest.raises(expected):
-        build()
-    assert names(tmp_path) == (["out"] if old else [])
-    if old:
-        assert (target / "file").read_text() == "old"
-
-
-@pytest.mark.parametrize("crash_at", [1, 2])
-def test_crash_while_a_folder_is_moved(crash_at, tmp_path, monkeypatch):
-    target, replace, calls = tmp_path / "out", os.replace, []
-    target.mkdir()
-    (target / "file").write_text("old")
-
-    def crash(source, destination):
-        calls.append(source)
-        if len(calls) == crash_at:
-            raise OSError("crash")
-        replace(source, destination)
-
-    monkeypatch.setattr(os, "replace", crash)
-    with pytest.raises(CheckpointError, match="cannot be written"), checkpoint.replacing_folder(target, overwrite=True):
-        pass
-    assert (target / "file").read_text() == "old"
-    assert names(tmp_path) == ["out"]
-
-
-def test_killed_while_a_folder_is_moved(tmp_path, monkeypatch):
-    """Nothing is cleaned up after a kill; still one whole version lies there, if under another name."""
-    target, replace = tmp_path / "out", os.replace
-    target.mkdir()
-    (target / "file").write_text("old")
-
-    def killed(source, destination):
-        if str(destination) == str(target):
-            raise SystemExit
-        replace(source, destination)
-
-    monkeypatch.setattr(os, "replace", killed)
-    monkeypatch.setattr(shutil, "rmtree", lambda *arguments, **options: None)
-    with pytest.raises(SystemExit), checkpoint.replacing_folder(target, overwrite=True) as folder:
-        (folder / "file").write_text("new")
-    assert sorted(path.read_text() for path in tmp_path.rglob("file")) == ["new", "old"]
-
-
-def test_errors_of_the_package_come_through(tmp_path):
-    with pytest.raises(HubError, match="cannot be reached"), checkpoint.replacing_folder(tmp_path / "out"):
-        raise HubError("the Hub cannot be reached")
-
-
-def test_what_may_be_replaced(tmp_path):
-    (tmp_path / "file").touch()
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "file").touch()
-    (tmp_path / "empty").mkdir()
-    checkpoint.check_replaceable(tmp_path / "new")
-    checkpoint.check_replaceable(tmp_path / "empty")
-    checkpoint.check_replaceable(tmp_path / "full", overwrite=True)
-    with pytest.raises(CheckpointError, match="exists and is not empty"):
-        checkpoint.check_replaceable(tmp_path / "full")
-    for overwrite in (True, False):
-        with pytest.raises(CheckpointError, match="is a file"):
-            checkpoint.check_replaceable(tmp_path / "file", overwrite=overwrite)
 
 
 # --- damaged orders ---------------------------------------------------------------------------------------------------

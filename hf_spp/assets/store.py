@@ -14,7 +14,7 @@ from types import MappingProxyType
 from filelock import FileLock
 from huggingface_hub import constants
 
-from .. import checkpoint
+from .. import folders
 from ..errors import AssetError
 from ..hub import download_debian_package, download_wheel, verify_checksum
 
@@ -124,7 +124,7 @@ def built(name: str, build: Callable[[Path, Path], None], *, needs: str | None =
             # Under the lock, a temporary folder here is left over from a process that was killed.
             for left_over in target.parent.glob(f".{target.name}.*.tmp"):
                 shutil.rmtree(left_over)
-            with checkpoint.replacing_folder(target) as scratch:
+            with folders.replacing_folder(target) as scratch:
                 build(source, scratch)
     return target
 

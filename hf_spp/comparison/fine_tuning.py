@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.utils import logging
 
-from .. import checkpoint
+from .. import folders
 from ..architectures import channel_groups
 from ..baselines import pruning_rank
 from ..channels import ChannelGroup
@@ -137,7 +137,7 @@ class MethodRun:
         return {"accuracy": metrics["eval_accuracy"], "f1": metrics["eval_f1"]}
 
     def _save(self, model: PreTrainedModel, reordering: Reordering | None, folder: Path) -> None:
-        with quiet_transformers(bars=False), checkpoint.replacing_folder(folder, overwrite=True) as unfinished:
+        with quiet_transformers(bars=False), folders.replacing_folder(folder, overwrite=True) as unfinished:
             model.save_pretrained(unfinished)
             self.task.processor.save_pretrained(unfinished)
             if reordering is not None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from .. import checkpoint
+from .. import checkpoint, folders
 from ..architectures import channel_groups
 from ..config import CONFIG_NAME
 from ..errors import CheckpointError, SubnetworkError
@@ -109,7 +109,7 @@ def save_slice(
             "below the model's own, which is rounded to a whole head and to multiples of 8 neurons. Give a smaller one."
         )
     beside = companion_files(source)
-    with checkpoint.replacing_folder(target, overwrite=overwrite) as folder:
+    with folders.replacing_folder(target, overwrite=overwrite) as folder:
         with quiet_transformers(bars=False), _without_notes(record.__name__):
             small.save_pretrained(folder)
         checkpoint.copy_missing(beside, folder)

@@ -12,6 +12,7 @@ from transformers.utils import logging
 from .. import checkpoint
 from ..config import check_format_version
 from ..errors import CheckpointError, SPPError
+from ..saving import replacing_checkpoint
 from .spec import SubnetworkSpec
 from .widths import Widths
 
@@ -96,18 +97,17 @@ class SubnetworkSaving:
 
     def __call__(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> Any:
         """Save the model into a folder; arguments are those of the model's own `save_pretrained`."""
-        record, writes = record_of(self.model), kwargs.get("is_main_process", True)
-        path = Path(save_directory) / RECORD_NAME
-        if writes:
-            checkpoint.remove_file(path)
-        result = partial(type(self.model).save_pretrained, self.model)(save_directory, *args, **kwargs)
-        if writes and record is not None:
-            checkpoint.write_json(path, record.to_dict())
-            if record.reason is not None:
-                logger.warning(
-                    f"No config of transformers states the widths of this {record.model_class} ({record.reason}). Load "
-                    "the folder with hf_spp.load_subnetwork."
-                )
+        record, save = record_of(self.model), partial(type(self.model).save_pretrained, self.model)
+        if record is None or not kwargs.get("is_main_process", True) or Path(save_directory).is_file():
+            return save(save_directory, *args, **kwargs)
+        with replacing_checkpoint(save_directory) as folder:
+            result = save(folder, *args, **kwargs)
+            checkpoint.write_json(folder / RECORD_NAME, record.to_dict())
+        if record.reason is not None:
+            logger.warning(
+                f"No config of transformers states the widths of this {record.model_class} ({record.reason}). Load "
+                "the folder with hf_spp.load_subnetwork."
+            )
         return result
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
