@@ -1,13 +1,21 @@
-"""What depends on the version of transformers or torch, in one place."""
+"""What depends on the version of transformers, huggingface_hub or torch, in one place."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import huggingface_hub.errors
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
+
+# The HTTP client under huggingface_hub is httpx or httpx2, by version; Python's own errors come from hf_xet.
+CONNECTION_ERRORS: tuple[type[Exception], ...] = (
+    huggingface_hub.errors.HTTPError,  # type: ignore[attr-defined]
+    ConnectionError,
+    TimeoutError,
+)
 
 
 def accept_checkpoint_names(model: PreTrainedModel) -> None:

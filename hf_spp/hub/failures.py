@@ -2,28 +2,35 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
+    HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
+    LocalTokenNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 
 from ..errors import HubError, SPPError
+from .retries import status_of
 
 
 @contextmanager
-def explained(repo: str, revision: str | None, wanted: str) -> Iterator[None]:
+def explained(
+    repo: str, revision: str | None, wanted: str, doing: Literal["read", "written"] = "read"
+) -> Iterator[None]:
     """Turn whatever the client raises inside the block into a `HubError`.
 
     Args:
         repo: Id of the repository.
         revision: Its branch, tag or commit.
-        wanted: What is read of it, such as `"file 'config.json'"`.
+        wanted: What is read or written of it, such as `"file 'config.json'"`.
+        doing: Which of the two.
 
     Raises:
         HubError: The repository, revision or file does not exist, needs access rights, or cannot be reached.
@@ -64,9 +71,21 @@ def explained(repo: str, revision: str | None, wanted: str) -> Iterator[None]:
             f"Repository {at} has no {wanted}. Accepted: a file that its page lists. "
             "Check that this is the repository and revision you mean."
         ) from error
+    except (HfHubHTTPError, LocalTokenNotFoundError) as error:
+        if status_of(error) not in (None, 401, 403):
+            raise _other(at, wanted, doing, error) from error
+        raise HubError(
+            f"The {wanted} of {at} may not be {doing} with this token, or without one: {error} Accepted: a token of an "
+            "account that may. Log in with `hf auth login`, or pass token=."
+        ) from error
     # A connection that breaks raises a type of the HTTP client, which differs between versions of huggingface_hub.
     except Exception as error:
-        raise HubError(
-            f"The {wanted} of {at} could not be read: {error}. Accepted: an answer without error. "
-            "Try again later, or pass a local folder."
-        ) from error
+        raise _other(at, wanted, doing, error) from error
+
+
+def _other(at: str, wanted: str, doing: str, error: Exception) -> HubError:
+    instead = ", or pass a local folder" if doing == "read" else ""
+    return HubError(
+        f"The {wanted} of {at} could not be {doing}: {error}. Accepted: an answer without error. "
+        f"Try again later{instead}."
+    )
