@@ -1,9 +1,10 @@
 """Whole checkpoints: write a reordered one, and check one that was written."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,9 @@ from transformers import PreTrainedModel
 from . import checkpoint, folders
 from .apply import invert_indices, named_tensors
 from .architectures import channel_groups
-from .cards.reports import CHECKPOINT_NAME, checkpoint_method, write_card
+from .cards.plots import saliency_spectrum
+from .cards.reports import CHECKPOINT_NAME, SALIENCY_PLOT, checkpoint_method, write_card
+from .cards.result_rows import Row
 from .cards.results import ComparisonResults
 from .config import SPPConfig
 from .hub import find_files
@@ -21,7 +24,11 @@ from .orders_file import ORDERS_NAME
 from .proof import Proof, Witness, default_tolerance
 from .reordering import Reordering
 from .saliency import weight_scores
+from .sums import write_sums
 from .transform import apply_spp
+
+# What the Hub takes well, and a machine reads in pieces.
+SHARD_SIZE = "5GB"
 
 
 def load_original(source: str | os.PathLike[str], dtype: str = "auto") -> PreTrainedModel:
@@ -66,12 +73,42 @@ def save_reordered(
     folders.check_replaceable(target, overwrite=overwrite)
     beside = companion_files(source)
     with folders.replacing_folder(target, overwrite=overwrite) as folder:
-        with quiet_transformers():
-            model.save_pretrained(folder)
-        checkpoint.copy_missing(beside, folder)
-        reordering.save_pretrained(folder)
-        write_card(folder, source=source)
+        write_checkpoint(folder, model, reordering, beside=beside, source=source)
     return Path(target)
+
+
+def write_checkpoint(
+    folder: Path,
+    model: PreTrainedModel,
+    reordering: Reordering,
+    *,
+    beside: Mapping[str, Path] | None = None,
+    source: str | os.PathLike[str] | None = None,
+    processing_class: Any = None,
+    rows: Sequence[Row] = (),
+    fine_tuned: bool = False,
+) -> None:
+    """Write everything that belongs to a reordered checkpoint into a new folder, at last the sums of all files.
+
+    Args:
+        folder: The folder, empty but for results that the card is to show.
+        model: The reordered model.
+        reordering: What was done to it.
+        beside: Files to copy, by their path in the folder.
+        source: Folder or Hub id of the original, for the card.
+        processing_class: Tokenizer or processor to save.
+        rows: Results of the model, for the card.
+        fine_tuned: Whether the model was trained after its reordering.
+    """
+    with quiet_transformers():
+        model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
+        if processing_class is not None:
+            processing_class.save_pretrained(folder)
+    checkpoint.copy_missing(beside or {}, folder)
+    reordering.save_pretrained(folder)
+    checkpoint.write_bytes(folder / SALIENCY_PLOT, saliency_spectrum(reordering.scores, reordering.groups.groups))
+    write_card(folder, source=source, rows=rows, fine_tuned=fine_tuned)
+    write_sums(folder)
 
 
 def finish_comparison(results: ComparisonResults, source: str | os.PathLike[str]) -> Path | None:

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
 from . import checkpoint
@@ -20,8 +20,24 @@ def write_sums(folder: str | os.PathLike[str]) -> Path:
         CheckpointError: A file cannot be read, or has a name that the format cannot hold.
     """
     folder = Path(folder)
-    lines = [f"{checkpoint.sha256_of(folder / name)}  {_checked(name, folder)}\n" for name in _files(folder)]
-    return checkpoint.write_text(folder / SUMS_NAME, "".join(lines))
+    return _write(folder, {_checked(name, folder): checkpoint.sha256_of(folder / name) for name in _files(folder)})
+
+
+def renew_sums(folder: str | os.PathLike[str], names: Iterable[str]) -> None:
+    """Bring the sums of files that were written or removed up to date, in a folder that has sums.
+
+    Raises:
+        CheckpointError: A file cannot be read, or the sums are damaged.
+    """
+    folder = Path(folder)
+    if (folder / SUMS_NAME).is_file():
+        sums = read_sums(folder / SUMS_NAME)
+        for name in names:
+            if (folder / name).is_file():
+                sums[_checked(name, folder)] = checkpoint.sha256_of(folder / name)
+            else:
+                sums.pop(name, None)
+        _write(folder, sums)
 
 
 def read_sums(path: str | os.PathLike[str]) -> dict[str, str]:
@@ -69,6 +85,11 @@ def check_sums(folder: str | os.PathLike[str], names: Iterable[str] | None = Non
                 "it was changed on purpose, save the checkpoint again."
             )
     return compared
+
+
+def _write(folder: Path, sums: Mapping[str, str]) -> Path:
+    lines = [f"{sums[name]}  {name}\n" for name in sorted(sums)]
+    return checkpoint.write_text(folder / SUMS_NAME, "".join(lines))
 
 
 def _files(folder: Path) -> Iterator[str]:

@@ -166,6 +166,7 @@ def test_reorder_writes_a_whole_stock_checkpoint(bert, tmp_path):
         "README.md",
         "config.json",
         "model.safetensors",
+        "saliency.png",
         "spp_config.json",
         "spp_orders.safetensors",
         "vocab.txt",

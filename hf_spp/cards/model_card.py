@@ -95,6 +95,7 @@ class CardContent:
         pipeline_tag: User: task, for example `image-classification`; needed where there are rows.
         rows: Evaluation: result rows; accuracy and F1 are fractions.
         settings: Evaluation: training settings that produced the rows.
+        measured: Evaluation: whether the rows are of this checkpoint as it is, not of models trained for each row.
         plots: Evaluation: caption to path of the picture, relative to the card.
         summary: Computed: `Reordering.summary()`.
         method: Computed: which method's rows are the results of this very checkpoint.
@@ -116,6 +117,7 @@ class CardContent:
     pipeline_tag: str | None = None
     rows: Sequence[Row] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
+    measured: bool = False
     plots: Mapping[str, str] = field(default_factory=dict)
     method: str = "spp"
     fine_tuned: bool = False
@@ -177,7 +179,7 @@ def render_card(content: CardContent) -> ModelCard:
         summary=content.summary,
         axes=AXES,
         loading_class=_loading_class(str(content.summary["model_type"]), model_class),
-        **_evaluation_context(content.rows, content.settings, content.method, content.fine_tuned),
+        **_evaluation_context(content.rows, content.settings, content.method, content.fine_tuned or content.measured),
     )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")
 

@@ -1,6 +1,7 @@
 """Cards of folders: a reordered checkpoint, results of a comparison, or both, become the folder's `README.md`."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ from ..errors import CardError, CheckpointError
 from ..hub import find_files
 from ..orders_file import ORDERS_NAME
 from ..reordering import Reordering
+from ..sums import renew_sums
 from .card_header import name_of, read_header, split_card
 from .model_card import TAGS, CardContent, license_of, render_card, task_of_class, update_card_with_evaluation
-from .result_rows import unique
+from .published_card import is_own_card
+from .result_rows import Row, unique
 from .results import RESULTS_NAME, ComparisonResults, load_results
 from .width_section import keep_widths
 
@@ -23,7 +26,8 @@ logger = logging.get_logger(__name__)
 
 CARD_NAME = "README.md"
 CHECKPOINT_NAME = "checkpoint"
-PLOTS = {"Accuracy by method": "accuracy.png", "Saliency of the channels, by axis and layer": "saliency.png"}
+SALIENCY_PLOT = "saliency.png"
+PLOTS = {"Accuracy by method": "accuracy.png", "Saliency of the channels, by axis and layer": SALIENCY_PLOT}
 
 # The data sets of the presets on the Hub.
 _DATASET_IDS = {
@@ -40,6 +44,7 @@ def write_card(
     folder: str | os.PathLike[str],
     *,
     source: str | os.PathLike[str] | None = None,
+    rows: Sequence[Row] = (),
     fine_tuned: bool = False,
     overwrite: bool = False,
 ) -> Path:
@@ -52,6 +57,7 @@ def write_card(
     Args:
         folder: Folder of `spp_orders.safetensors`, `results.json` and plots, as far as it has them.
         source: Folder or Hub id of the model that was reordered, whose card gives license, language and task.
+        rows: Results of the checkpoint as it is, for a folder without results of a comparison.
         fine_tuned: Whether the checkpoint was trained after its reordering; a folder with the Trainer's files was.
         overwrite: Whether a card that somebody else wrote may be replaced.
 
@@ -73,10 +79,13 @@ def write_card(
             "about. Accepted: a folder of `hf-spp reorder`, `compare` or `demo`. Check the path."
         )
     earlier = checkpoint.read_text(path) if path.is_file() else None
-    theirs = earlier is not None and not _is_ours(earlier)
+    theirs = earlier is not None and not is_own_card(earlier)
     if home is not None and (overwrite or not theirs):
-        content = _content(folder, home, None if theirs else earlier, results, source, fine_tuned)
-        return checkpoint.write_text(path, keep_widths(str(render_card(content)), earlier or ""))
+        evaluation = _evaluation(results) if results else {"rows": rows, "measured": True} if rows else {}
+        content = _content(folder, home, None if theirs else earlier, evaluation, source, fine_tuned)
+        checkpoint.write_text(path, keep_widths(str(render_card(content)), earlier or ""))
+        renew_sums(folder, [CARD_NAME])
+        return path
     if results is None:
         raise CardError(
             f"'{path}' was not written by hf_spp. Accepted: no card, or one of hf_spp's. Move it away, or allow it to "
@@ -84,7 +93,7 @@ def write_card(
         )
     name = f"Comparison on {_short(results.settings['model'])}"
     text = update_card_with_evaluation(
-        earlier or f"# {name}\n", results.rows, model_name=name, fine_tuned=False, **_evaluation(results)
+        earlier or f"# {name}\n", model_name=name, fine_tuned=False, **_evaluation(results)
     )
     return checkpoint.write_text(path, text)
 
@@ -93,7 +102,7 @@ def _content(
     folder: Path,
     home: Path,
     earlier: str | None,
-    results: ComparisonResults | None,
+    evaluation: dict[str, Any],
     source: str | os.PathLike[str] | None,
     fine_tuned: bool,
 ) -> CardContent:
@@ -102,7 +111,6 @@ def _content(
     metadata = read_header(split_card(text)[0])
     base = _hub_id(source) or _hub_id(metadata.get("base_model"))
     own = read_header(split_card(earlier or "")[0])
-    evaluation = {} if results is None else {"rows": results.rows, **_evaluation(results)}
     task = evaluation.pop("task", metadata.get("pipeline_tag") or task_of_class(summary["model_class"]))
     used = [row["dataset"].partition(":")[0] for row in evaluation.get("rows", ())]
     return CardContent(
@@ -131,6 +139,7 @@ def _evaluation(results: ComparisonResults) -> dict[str, Any]:
     shared = {name: results.settings.get(name) for name in ("model", "seed", "recipe", "training_arguments")}
     shared["recipe"] = {name: value for name, value in (shared["recipe"] or {}).items() if value is not None}
     return {
+        "rows": results.rows,
         "task": f"{kind}-classification",
         "method": checkpoint_method(results) or "spp",
         "settings": {**shared, "left_out": results.left_out},
@@ -159,10 +168,6 @@ def _source_card(source: str | os.PathLike[str]) -> str | None:
 def _card_in(folder: Path) -> str | None:
     path = folder / CARD_NAME
     return checkpoint.read_text(path) if path.is_file() else None
-
-
-def _is_ours(card_text: str) -> bool:
-    return TAGS[0] in _listed(read_header(split_card(card_text)[0]).get("tags"))
 
 
 def _hub_id(value: Any) -> str | None:

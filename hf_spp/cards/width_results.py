@@ -9,6 +9,7 @@ from typing import Any
 from .. import checkpoint
 from ..config import check_format_version
 from ..errors import CheckpointError
+from ..sums import renew_sums
 from .results import FORMAT_VERSION, RESULTS_NAME
 from .width_plots import quality_curve
 from .width_rows import ROW_KEYS, metrics_caption, width_table
@@ -119,7 +120,9 @@ class WidthReport:
         plots = {_CAPTIONS[against]: name for against, name in PLOTS.items() if name in drawn}
         text = update_card_with_widths(checkpoint.read_text(path), width_section(self.rows, self.settings, plots))
         self._write_plots(folder, drawn)
-        return checkpoint.write_text(path, text)
+        checkpoint.write_text(path, text)
+        renew_sums(folder, [_CARD_NAME, *PLOTS.values()])
+        return path
 
     def _write_plots(self, folder: Path, drawn: Mapping[str, bytes] | None = None) -> None:
         drawn = self.plots() if drawn is None else drawn

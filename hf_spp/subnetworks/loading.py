@@ -20,6 +20,7 @@ from ..errors import CheckpointError, SubnetworkError
 from ..loading import load_config, load_model, model_class
 from ..orders_file import ORDERS_NAME
 from ..reordering import Reordering, remember
+from ..sums import renew_sums
 from .costs import tensors_of
 from .edits import find_edits
 from .extraction import cut_out, extract_subnetwork, piece_of
@@ -53,7 +54,9 @@ def save_width(save_directory: str | os.PathLike[str], name: str, subnetwork: An
         raise SubnetworkError(f"{name!r} is no name for a width. Use letters, digits, dots and dashes, such as '0.5'.")
     tensors = {tensor: tensors_of(subnetwork)[tensor] for tensor in record.compensated}
     data = checkpoint.pack_tensors(tensors, {"subnetwork": json.dumps(record.to_dict(), sort_keys=True)})
-    return checkpoint.write_bytes(_path_of(Path(save_directory), name), data)
+    path = checkpoint.write_bytes(_path_of(Path(save_directory), name), data)
+    renew_sums(save_directory, [path.relative_to(save_directory).as_posix()])
+    return path
 
 
 def load_subnetwork(
