@@ -34,7 +34,9 @@ if TYPE_CHECKING:
     from .channels import ChannelGroup, ChannelMap, Member, Refusal
     from .comparison.evaluation import compare_methods
     from .config import SPPConfig
+    from .conversion import load_reordered
     from .curves.measurement import width_report
+    from .publishing import push_to_hub
     from .reordering import Reordering
     from .subnetworks import (
         ElasticTrainer,
@@ -84,7 +86,9 @@ __all__ = [
     "channel_groups",
     "compare_methods",
     "extract_subnetwork",
+    "load_reordered",
     "load_subnetwork",
+    "push_to_hub",
     "register_architecture",
     "save_width",
     "subnetwork_view",
@@ -109,7 +113,9 @@ _HOMES = {
     "channel_groups": "architectures",
     "compare_methods": "comparison.evaluation",
     "extract_subnetwork": "subnetworks",
+    "load_reordered": "conversion",
     "load_subnetwork": "subnetworks",
+    "push_to_hub": "publishing",
     "register_architecture": "architectures",
     "save_width": "subnetworks",
     "subnetwork_view": "subnetworks",

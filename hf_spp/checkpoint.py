@@ -128,10 +128,16 @@ def sha256_of(path: PathLike) -> str:
 
 
 def pack_tensors(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> bytes:
-    """Tensors and string metadata as the bytes of one safetensors file."""
+    """Tensors and string metadata as the bytes of one safetensors file, the same bytes for the same values."""
     dense = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     data: bytes = serialize_tensors(dense, metadata=dict(metadata))
-    return data
+    # The library writes the metadata in any order.
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    header["__metadata__"] = dict(sorted(metadata.items()))
+    packed = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    packed += b" " * (-len(packed) % 8)
+    return len(packed).to_bytes(8, "little") + packed + data[8 + length :]
 
 
 def unpack_tensors(data: bytes, name: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

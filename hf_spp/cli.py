@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from .command_group import FAILED, Commands
+from . import hub_commands
+from .command_group import FAILED, Commands, Overwrite, Reordered, Revision, examples
 from .errors import CalibrationError, SPPConfigError
 from .terminal import (
     out,
@@ -45,22 +46,14 @@ Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="Hub id or folder of a pretrained model.", show_default=False)
 ]
 Seed = Annotated[int, typer.Option(help="Seed of every run.", min=0)]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what lies there.")]
-Reordered = Annotated[
-    str, typer.Argument(metavar="DIR", help="Folder or Hub id of a reordered checkpoint.", show_default=False)
-]
 ImageSize = Annotated[
     int | None, typer.Option(help="Side in pixels; the preset's, or the model's own, if not given.", min=1)
 ]
 
 
-def _examples(*lines: str) -> str:
-    return "\n\n".join(["[bold]Examples[/]", *(f"[cyan]{escape(line)}[/]" for line in lines)])
-
-
 @app.callback(
     invoke_without_command=True,
-    epilog=_examples(
+    epilog=examples(
         "hf-spp demo --quick", "hf-spp reorder google/vit-base-patch16-224 ./vit-spp", "hf-spp COMMAND --help"
     ),
 )
@@ -79,7 +72,7 @@ def hf_spp(
         print(context.get_help())
 
 
-@app.command(epilog=_examples("hf-spp demo", "hf-spp demo --quick --out ./results"))
+@app.command(epilog=examples("hf-spp demo", "hf-spp demo --quick --out ./results"))
 def demo(
     quick: Annotated[bool, typer.Option("--quick", help="One small data set; about two minutes.")] = False,
     folder: Annotated[Path, typer.Option("--out", help="Folder of the results.", file_okay=False)] = DEMO_FOLDER,
@@ -97,7 +90,7 @@ def demo(
 
 
 @app.command(
-    epilog=_examples(
+    epilog=examples(
         "hf-spp compare --preset raffm-table1 --dataset cifar10 --max-train-samples 2000",
         "hf-spp compare --model bert-base-uncased --dataset stanfordnlp/sst2 --method original,spp",
     )
@@ -140,7 +133,7 @@ def compare(
 
 
 @app.command(
-    epilog=_examples(
+    epilog=examples(
         "hf-spp reorder google/vit-base-patch16-224 ./vit-spp",
         "hf-spp reorder ./my-bert ./my-bert-spp --axes ffn,heads --metric l2",
     )
@@ -190,15 +183,15 @@ def reorder(
     show_places({"Checkpoint": [target], "Card": [target / "README.md"], "Check it": [f"hf-spp verify {target}"]})
 
 
-@app.command(epilog=_examples("hf-spp verify ./vit-spp"))
-def verify(folder: Reordered) -> None:
+@app.command(epilog=examples("hf-spp verify ./vit-spp", "hf-spp verify my-name/vit-spp --revision v1"))
+def verify(folder: Reordered, revision: Revision = None) -> None:
     """Check a reordered checkpoint: its files, and that it computes the same.
 
     The order is undone in memory and the outputs are compared. Exit code 1 says that they differ.
     """
     with working("Starting"):
         from .conversion import verify_checkpoint
-    found = verify_checkpoint(folder)
+    found = verify_checkpoint(folder, revision=revision)
     show_verification(found)
     if not found.equal:
         raise typer.Exit(FAILED)
@@ -206,7 +199,7 @@ def verify(folder: Reordered) -> None:
 
 @app.command(
     "slice",
-    epilog=_examples(
+    epilog=examples(
         "hf-spp slice ./vit-spp ./vit-half --width 0.5",
         "hf-spp slice ./vit-spp ./vit-11m --params 11M --dataset cifar10",
     ),
@@ -244,13 +237,14 @@ def cut(
             f"exactly one of {', '.join(options)}. {'Leave out the others' if stated else 'Give --width 0.5'}."
         )
     with working("Starting"):
-        from .curves.checkpoints import load_reordered, save_slice
+        from .conversion import load_reordered
+        from .curves.checkpoints import save_slice
         from .curves.named_data import load_named_data
         from .folders import check_replaceable
         from .subnetworks import SubnetworkSpec, extract_subnetwork
     check_replaceable(target, overwrite=overwrite)
     chosen = None if spec is None else SubnetworkSpec.load(spec)
-    model = load_reordered(source)
+    model, _ = load_reordered(source)
     data = None if dataset is None else load_named_data(dataset, source, image_size=image_size)
     with working(f"Cutting {type(model).__name__}"):
         if width is not None:
@@ -265,7 +259,7 @@ def cut(
 
 
 @app.command(
-    epilog=_examples(
+    epilog=examples(
         "hf-spp curve ./spp-demo/checkpoint --dataset fashion-mnist --max-eval-samples 500",
         "hf-spp curve ./my-model-spp --dataset stanfordnlp/sst2 --widths 0.5,0.75 --out ./widths",
     )
@@ -294,12 +288,12 @@ def curve(
     with working("Starting"):
         from .cards.reports import CARD_NAME
         from .cards.width_results import check_report_folder
-        from .curves.checkpoints import load_reordered
+        from .conversion import load_reordered
         from .curves.measurement import width_report
         from .curves.named_data import load_named_data
     check_report_folder(folder)
     shares = [_share(text) for text in _split(widths) or WIDTHS]
-    model = load_reordered(source)
+    model, _ = load_reordered(source)
     data = load_named_data(dataset, source, image_size=image_size, max_eval_samples=max_eval_samples)
     with working("Preparing the data"):
         batches = list(data.evaluation_batches(model, batch_size))
@@ -317,7 +311,7 @@ def curve(
     show_widths(report, folder, report.add_to_card(source) if has_card else None)
 
 
-@app.command(epilog=_examples("hf-spp card ./spp-demo", "hf-spp card ./my-model --base google/vit-base-patch16-224"))
+@app.command(epilog=examples("hf-spp card ./spp-demo", "hf-spp card ./my-model --base google/vit-base-patch16-224"))
 def card(
     folder: Annotated[
         Path, typer.Argument(metavar="DIR", help="Folder of a checkpoint or of results.", show_default=False)
@@ -337,7 +331,7 @@ def card(
 
 
 @app.command(
-    epilog=_examples(
+    epilog=examples(
         "hf-spp architectures",
         "hf-spp architectures --filter qwen",
         "hf-spp architectures meta-llama/Llama-3.2-1B",
@@ -371,6 +365,9 @@ def architectures(
         from .support.survey import find_model
     described, origin = find_model(model)
     show_map(described, channel_groups(described), origin)
+
+
+hub_commands.add_to(app)
 
 
 def main() -> None:

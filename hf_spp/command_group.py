@@ -6,7 +6,7 @@ import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -16,6 +16,17 @@ from .errors import SPPError
 from .terminal import err
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what lies there.")]
+Reordered = Annotated[
+    str, typer.Argument(metavar="DIR", help="Folder or Hub id of a reordered checkpoint.", show_default=False)
+]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub repository.")]
+
+
+def examples(*lines: str) -> str:
+    """The epilog of a command: calls to copy."""
+    return "\n\n".join(["[bold]Examples[/]", *(f"[cyan]{escape(line)}[/]" for line in lines)])
 
 
 class Commands(TyperGroup):

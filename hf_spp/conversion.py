@@ -18,13 +18,15 @@ from .cards.reports import CHECKPOINT_NAME, SALIENCY_PLOT, checkpoint_method, wr
 from .cards.result_rows import Row
 from .cards.results import ComparisonResults
 from .config import SPPConfig
+from .errors import OrdersError
+from .fetching import fetch_checkpoint
 from .hub import find_files
 from .loading import companion_files, load_model, quiet_transformers
 from .orders_file import ORDERS_NAME
 from .proof import Proof, Witness, default_tolerance
-from .reordering import Reordering
+from .reordering import Reordering, remember
 from .saliency import weight_scores
-from .sums import write_sums
+from .sums import SUMS_NAME, write_sums
 from .transform import apply_spp
 
 # What the Hub takes well, and a machine reads in pieces.
@@ -45,6 +47,51 @@ def load_original(source: str | os.PathLike[str], dtype: str = "auto") -> PreTra
     if ORDERS_NAME in find_files(source, [ORDERS_NAME]):
         Reordering.from_pretrained(source).undo(model)
     return model
+
+
+def load_reordered(
+    repo_or_dir: str | os.PathLike[str],
+    revision: str | None = None,
+    verify: bool = True,
+    *,
+    token: str | bool | None = None,
+    dtype: str = "auto",
+) -> tuple[PreTrainedModel, Reordering]:
+    """Load a reordered checkpoint with its reordering, which the model knows from then on.
+
+    All files come from one commit of a repository, from the Hugging Face cache where they are there.
+
+    Args:
+        repo_or_dir: A folder, or a Hub id.
+        revision: Branch, tag or commit of a repository.
+        verify: Whether to compare every file that is read with `SHA256SUMS`. Whatever the answer, the orders must be
+            permutations that fit the model, and the proof of equal function must be within its tolerance.
+        token: Hub token, `True` for the stored one, `False` for none.
+        dtype: `auto` keeps the checkpoint's; `float32`, `bfloat16`, `float16` or `float64`.
+
+    Returns:
+        The model, in evaluation mode, and what was done to it.
+
+    Raises:
+        CheckpointError: It holds no orders, or a file is missing, damaged, or from a newer version.
+        OrdersError: An order is no permutation or belongs to another model, or the proof had failed.
+        HubError: The repository cannot be read.
+    """
+    folder = fetch_checkpoint(repo_or_dir, revision=revision, token=token, verify=verify)
+    reordering = Reordering.from_pretrained(folder)
+    proof = reordering.proof
+    if proof is not None and not proof.relative_diff <= (reordering.tolerance or 0.0):
+        raise OrdersError(
+            f"The outputs of {os.fspath(repo_or_dir)!r} had moved by {proof.relative_diff:.3g} of their scale when it "
+            f"was reordered; up to {reordering.tolerance:.3g} is accepted. Reorder the original model again."
+        )
+    with quiet_transformers(bars=False):
+        model = load_model(folder, dtype)
+    reordering.indices(model)
+    remember(model, (reordering,))
+    if not Path(repo_or_dir).is_dir():
+        model.name_or_path = model.config._name_or_path = os.fspath(repo_or_dir)
+    return model, reordering
 
 
 def save_reordered(
@@ -144,12 +191,14 @@ class Verification:
         proof: How far the outputs moved when it was undone.
         tolerance: Largest relative difference that is accepted.
         scores_match: Whether the stored scores are those of the weights; None where the metric needs more than weights.
+        summed: Whether the checkpoint has sums, which all its files were compared with.
     """
 
     reordering: Reordering
     proof: Proof
     tolerance: float
     scores_match: bool | None
+    summed: bool
 
     @property
     def equal(self) -> bool:
@@ -157,21 +206,28 @@ class Verification:
         return self.proof.relative_diff <= self.tolerance
 
 
-def verify_checkpoint(source: str | os.PathLike[str]) -> Verification:
+def verify_checkpoint(
+    source: str | os.PathLike[str], *, revision: str | None = None, token: str | bool | None = None
+) -> Verification:
     """Check a reordered checkpoint: its files, that its orders fit, and that undoing them changes no output.
 
     Nothing is written; the order is undone in memory, in the precision that the reordering was proved in.
 
     Args:
         source: A folder or a Hub id.
+        revision: Branch, tag or commit of a repository.
+        token: Hub token.
 
     Raises:
         CheckpointError: A file is missing, damaged, or from a newer version.
         OrdersError: An order is no permutation, or belongs to another model.
         ExampleInputsError: No inputs could be built to run the model on.
+        HubError: The repository cannot be read.
     """
-    reordering = Reordering.from_pretrained(source)
-    model = load_model(source, reordering.dtype)
+    folder = fetch_checkpoint(source, revision=revision, token=token, whole=True)
+    reordering = Reordering.from_pretrained(folder)
+    model = load_model(folder, reordering.dtype)
+    summed = (folder / SUMS_NAME).is_file()
     moved = [group for group in channel_groups(model) if group.name in reordering.orders]
     witness = Witness(model, seed=reordering.config.seed, groups=moved)
     reordering.undo(model)
@@ -179,7 +235,7 @@ def verify_checkpoint(source: str | os.PathLike[str]) -> Verification:
     undone = invert_indices(reordering.indices(model))
     proof = witness.compare(model, None if hidden is None else hidden.flatten().argsort(), undone)
     tolerance = reordering.config.tolerance or default_tolerance(model)
-    return Verification(reordering, proof, tolerance, _scores_match(model, reordering))
+    return Verification(reordering, proof, tolerance, _scores_match(model, reordering), summed)
 
 
 def _scores_match(model: PreTrainedModel, reordering: Reordering) -> bool | None:

@@ -42,6 +42,20 @@ COMPANIONS = (
 )
 
 
+def check_folder(source: str | os.PathLike[str]) -> None:
+    """Refuse the path of a folder that does not exist; what may be a Hub id is left to the Hub.
+
+    Raises:
+        CheckpointError: There is no such folder.
+    """
+    name = os.fspath(source)
+    if _is_path(name) and not Path(name).is_dir():
+        raise CheckpointError(
+            f"Folder {name!r} does not exist. Accepted: a folder written by save_pretrained, or a Hub id such as "
+            "'google/vit-base-patch16-224'. Check the path."
+        )
+
+
 def load_config(source: str | os.PathLike[str]) -> PreTrainedConfig:
     """Load a model's config from a folder or a Hub repo.
 
@@ -50,12 +64,8 @@ def load_config(source: str | os.PathLike[str]) -> PreTrainedConfig:
         HubError: The repo cannot be reached.
         UnsupportedArchitectureError: transformers does not know the model type.
     """
+    check_folder(source)
     name = os.fspath(source)
-    if _is_path(name) and not Path(name).is_dir():
-        raise CheckpointError(
-            f"Folder {name!r} does not exist. Accepted: a folder written by save_pretrained, or a Hub id such as "
-            "'google/vit-base-patch16-224'. Check the path."
-        )
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise CheckpointError(
             f"Folder {name!r} has no config.json. Accepted: a folder written by save_pretrained. Check the path, or "

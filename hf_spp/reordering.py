@@ -23,6 +23,7 @@ from .orders_file import ORDERS_NAME, StoredOrders, pack_orders, unpack_orders
 from .permutation import check_orders, compose_orders, gather_indices, moved_channels, scores_before
 from .proof import Proof, places_of
 from .structure import inner_model
+from .sums import SUMS_NAME
 
 # The reorderings a live model went through, as far as this process did them; absent means unknown.
 _HISTORY = "_spp_history"
@@ -324,10 +325,13 @@ class Reordering:
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> tuple[Path, Path]:
         """Write `spp_config.json` and `spp_orders.safetensors` (orders and scores) into a folder.
 
+        Sums that lie there are of an earlier checkpoint and are removed.
+
         Returns:
             Both paths.
         """
         folder = Path(save_directory)
+        checkpoint.remove_file(folder / SUMS_NAME)
         orders = checkpoint.write_bytes(folder / ORDERS_NAME, self.to_bytes())
         return self.config.save_pretrained(folder), orders
 

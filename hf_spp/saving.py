@@ -1,9 +1,8 @@
 """What is saved of a model in training: the orders with the weights, adapters in the order that is asked for."""
 
 import hashlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,6 +28,7 @@ _LAST = (
 )
 # Weights and what was made of them.
 _WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "spp_*/*.safetensors")
+_HUB_OPTIONS = ("push_to_hub", "repo_id", "commit_message", "private", "token", "revision", "create_pr")
 AdapterOrder = Literal["original", "reordered"]
 _SAMPLE = 256
 
@@ -49,19 +49,18 @@ class OrderedSaving:
 
     def __call__(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> Any:
         """Save the model into a folder; arguments are those of the model's own `save_pretrained`."""
-        save, reordering = partial(type(self.model).save_pretrained, self.model), total_of(self.model)
+        reordering = total_of(self.model)
         portable = reordering is not None and saves_portable(self.model, self.adapters)
         if reordering is not None and portable:
             state = kwargs.pop("state_dict", None)
             state = self.model.state_dict() if state is None else state
             kwargs["state_dict"] = self._in_original_order(state, reordering)
-        if not kwargs.get("is_main_process", True) or Path(save_directory).is_file():
-            return save(save_directory, *args, **kwargs)
-        with replacing_checkpoint(save_directory) as folder:
-            result = save(folder, *args, **kwargs)
+
+        def write(folder: Path) -> None:
             if reordering is not None and not portable:
                 reordering.save_pretrained(folder)
-        return result
+
+        return save_together(self.model, save_directory, args, kwargs, write)
 
     def _in_original_order(self, state: Mapping[str, Tensor], reordering: Reordering) -> dict[str, Tensor]:
         # PEFT saves embeddings beside adapters that add to them, or where their number of tokens has changed.
@@ -75,6 +74,34 @@ class OrderedSaving:
 
     def __reduce__(self) -> Any:
         return OrderedSaving, (self.model, self.adapters)
+
+
+def save_together(
+    model: Any,
+    save_directory: str | Path,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    write: Callable[[Path], object],
+) -> Any:
+    """Save a model with what belongs to it: the folder holds both, or what it held before.
+
+    Args:
+        model: The model, plain or PEFT's.
+        save_directory: The folder.
+        args: Further arguments of the model's own `save_pretrained`.
+        kwargs: Its keyword arguments; `push_to_hub=True` pushes when everything is there.
+        write: Writes what belongs to the model into the folder that it is given.
+    """
+    options = dict(kwargs)
+    if not options.get("is_main_process", True) or Path(save_directory).is_file():
+        return type(model).save_pretrained(model, save_directory, *args, **options)
+    pushed = {name: options.pop(name) for name in _HUB_OPTIONS if name in options} if "push_to_hub" in options else {}
+    with replacing_checkpoint(save_directory) as folder:
+        result = type(model).save_pretrained(model, folder, *args, **options)
+        write(folder)
+    if pushed.pop("push_to_hub", False):
+        model.push_to_hub(pushed.pop("repo_id", Path(save_directory).name), **pushed)
+    return result
 
 
 @contextmanager

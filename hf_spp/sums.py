@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 
 from . import checkpoint
@@ -11,16 +11,24 @@ from .errors import CheckpointError
 SUMS_NAME = "SHA256SUMS"
 _LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
 _LARGEST = 1 << 24
+_OTHERS = re.compile(r"(.*/)?\.|_|runs/|(last-)?checkpoint(-\d+)?/")
 
 
-def write_sums(folder: str | os.PathLike[str]) -> Path:
-    """Write the sums of every file of a folder beside them, hidden files left out.
+def write_sums(folder: str | os.PathLike[str], sums: Mapping[str, str] | None = None) -> Path:
+    """Write the sums of every file of a checkpoint beside them; see `files_of`.
+
+    Args:
+        folder: The folder.
+        sums: SHA-256 sums by path, for files that lie elsewhere; None takes those of the folder's files.
 
     Raises:
         CheckpointError: A file cannot be read, or has a name that the format cannot hold.
     """
     folder = Path(folder)
-    return _write(folder, {_checked(name, folder): checkpoint.sha256_of(folder / name) for name in _files(folder)})
+    if sums is None:
+        sums = {name: checkpoint.sha256_of(path) for name, path in files_of(folder).items()}
+    lines = [f"{sums[name]}  {_checked(name, folder)}\n" for name in sorted(sums)]
+    return checkpoint.write_text(folder / SUMS_NAME, "".join(lines))
 
 
 def renew_sums(folder: str | os.PathLike[str], names: Iterable[str]) -> None:
@@ -34,10 +42,10 @@ def renew_sums(folder: str | os.PathLike[str], names: Iterable[str]) -> None:
         sums = read_sums(folder / SUMS_NAME)
         for name in names:
             if (folder / name).is_file():
-                sums[_checked(name, folder)] = checkpoint.sha256_of(folder / name)
+                sums[name] = checkpoint.sha256_of(folder / name)
             else:
                 sums.pop(name, None)
-        _write(folder, sums)
+        write_sums(folder, sums)
 
 
 def read_sums(path: str | os.PathLike[str]) -> dict[str, str]:
@@ -72,31 +80,40 @@ def check_sums(folder: str | os.PathLike[str], names: Iterable[str] | None = Non
         CheckpointError: A file is missing, has no sum, or holds something else.
     """
     folder = Path(folder)
-    sums = read_sums(folder / SUMS_NAME)
-    compared = tuple(sums) if names is None else tuple(names)
-    for name in compared:
-        if name not in sums:
-            raise CheckpointError(f"{SUMS_NAME} of {folder} has no sum of {name}. Save the checkpoint again.")
+    compared = tuple(read_sums(folder / SUMS_NAME)) if names is None else tuple(names)
+    for name in differing(folder, compared):
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder} lacks {name}, which its {SUMS_NAME} names. Download the file again.")
-        if checkpoint.sha256_of(folder / name) != sums[name]:
-            raise CheckpointError(
-                f"{name} in {folder} is not the file that {SUMS_NAME} names: its bytes differ. Download it again; if "
-                "it was changed on purpose, save the checkpoint again."
-            )
+        raise CheckpointError(
+            f"{name} in {folder} is not the file that {SUMS_NAME} names: its bytes differ. Download it again; if "
+            f"it was changed on purpose, remove {SUMS_NAME}, or save the checkpoint again."
+        )
     return compared
 
 
-def _write(folder: Path, sums: Mapping[str, str]) -> Path:
-    lines = [f"{sums[name]}  {name}\n" for name in sorted(sums)]
-    return checkpoint.write_text(folder / SUMS_NAME, "".join(lines))
+def differing(folder: str | os.PathLike[str], names: Iterable[str]) -> list[str]:
+    """The files of a folder that are missing or hold something else than its sums say.
+
+    Raises:
+        CheckpointError: A file has no sum, or the sums are missing or damaged.
+    """
+    folder = Path(folder)
+    sums, found = read_sums(folder / SUMS_NAME), []
+    for name in names:
+        if name not in sums:
+            raise CheckpointError(f"{SUMS_NAME} of {folder} has no sum of {name}. Save the checkpoint again.")
+        if not (folder / name).is_file() or checkpoint.sha256_of(folder / name) != sums[name]:
+            found.append(name)
+    return found
 
 
-def _files(folder: Path) -> Iterator[str]:
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder)
-        if path.is_file() and name.as_posix() != SUMS_NAME and not any(part.startswith(".") for part in name.parts):
-            yield name.as_posix()
+def files_of(folder: str | os.PathLike[str]) -> dict[str, Path]:
+    """The files that belong to a checkpoint, by their path inside its folder.
+
+    Hidden files do not, nor logs and checkpoints of a training run, nor the sums themselves.
+    """
+    paths = {path.relative_to(folder).as_posix(): path for path in sorted(Path(folder).rglob("*")) if path.is_file()}
+    return {name: path for name, path in paths.items() if name != SUMS_NAME and not _OTHERS.match(name)}
 
 
 def _checked(name: str, where: Path) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from .channels import ChannelMap, Refusal
     from .conversion import Verification
     from .curves.checkpoints import SavedSlice
+    from .hub import Pushed
     from .support.families import Families, Row
 
 VERDICT_STYLES = {"yes": "green", "part": "yellow", "no": "red"}
@@ -142,6 +144,19 @@ def show_widths(report: "WidthReport", folder: Path, card: Path | None) -> None:
     )
 
 
+def show_push(pushed: "Pushed") -> None:
+    """Print what became of a push, and where it is seen."""
+    if pushed.note is not None:
+        out().print(f"[yellow]Note:[/] {escape(pushed.note)}", soft_wrap=True)
+    show_places(
+        {
+            "Pushed": [pushed.url],
+            "Commit": [pushed.commit],
+            "Uploaded": [f"{pushed.files} files, {decimal(pushed.bytes)}"],
+        }
+    )
+
+
 def show_verification(found: "Verification") -> None:
     """Print what was found out about a checkpoint, and the verdict."""
     reordering, proof = found.reordering, found.proof
@@ -151,6 +166,7 @@ def show_verification(found: "Verification") -> None:
     }
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_row("Model", f"{reordering.model_class} ({reordering.dtype})")
+    table.add_row("Files", "as their SHA256SUMS say" if found.summed else "not checked: there is no SHA256SUMS")
     table.add_row("Orders", f"{len(reordering.orders)}, permutations that fit, of {', '.join(reordering.axes)}")
     table.add_row("Scores", f"{reordering.config.metric_name}, {scores.get(found.scores_match, 'not checked')}")
     table.add_row("Outputs moved", f"{proof.max_abs_diff:.2e}, {proof.relative_diff:.1e} of their scale")

@@ -107,7 +107,7 @@ def test_every_command_has_help_with_examples(command):
 def test_debug_shows_the_traceback(words, tmp_path):
     lines = run(*words, tmp_path, code=2).stderr.splitlines()
     assert lines[0] == "Traceback (most recent call last):"
-    assert lines[-1].startswith("Error: Folder")
+    assert "holds no spp_orders.safetensors" in lines[-1]
 
 
 def test_an_interruption_is_quiet(monkeypatch, tmp_path):
@@ -130,7 +130,7 @@ def test_an_interruption_is_quiet(monkeypatch, tmp_path):
         (["reorder", "./missing", "{}/o"], "Folder './missing' does not exist"),
         (["reorder", "some one/else", "{}/o"], "Model 'some one/else' is no folder here"),
         (["architectures", "./missing"], "Folder './missing' does not exist"),
-        (["verify", "{}"], "has no file 'spp_config.json'"),
+        (["verify", "{}"], "holds no spp_orders.safetensors"),
         (["slice", "m", "o"], "slice got no width. Accepted: exactly one of --width, --params, --fraction, --flops"),
         (["slice", "m", "o", "--width", "0.5", "--latency-ms", "3"], "slice got --width and --latency-ms. Accepted"),
         (["slice", "m", "o", "--width", "half"], "Invalid value for '--width'"),
@@ -292,9 +292,11 @@ def test_reorder_names_weights_that_do_not_fit_the_class(bert, tmp_path):
 
 def test_verify_states_what_was_found(reordered):
     lines = run("verify", reordered).stdout.splitlines()
-    assert [line.split("  ")[0] for line in lines[:5]] == ["Model", "Orders", "Scores", "Outputs moved", "Accepted"]
-    assert "match the weights" in lines[2]
-    assert lines[5] == "Equal: undoing the order changes nothing that the model computes."
+    titles = ["Model", "Files", "Orders", "Scores", "Outputs moved", "Accepted"]
+    assert [line.split("  ")[0] for line in lines[:6]] == titles
+    assert "as their SHA256SUMS say" in lines[1]
+    assert "match the weights" in lines[3]
+    assert lines[6] == "Equal: undoing the order changes nothing that the model computes."
 
 
 def test_verify_follows_the_residual_stream(tmp_path):
@@ -336,7 +338,7 @@ def test_verify_refuses_what_is_no_order(reordered, monkeypatch):
     path.write_bytes(pack_tensors({"a": torch.ones(1)}, {}))
     assert "states no format_version" in refused("verify", reordered)
     path.unlink()
-    assert "has no file 'spp_orders.safetensors'" in refused("verify", reordered)
+    assert "holds no spp_orders.safetensors" in refused("verify", reordered)
 
 
 def test_verify_refuses_the_orders_of_another_model(reordered):

@@ -1,7 +1,6 @@
 """The card of a repository: what this package says of a checkpoint, beside what others wrote there."""
 
 import re
-from collections.abc import Mapping
 from typing import Any
 
 from huggingface_hub.repocard_data import EvalResult, model_index_to_eval_results
@@ -36,6 +35,11 @@ def is_own_card(card_text: str) -> bool:
     return ours and CARD_START not in body and all(heading in body for heading in _OWN_HEADINGS)
 
 
+def has_own_section(card_text: str) -> bool:
+    """Whether a card that somebody else wrote holds this package's section."""
+    return find_section(split_card(card_text)[1], CARD_START, CARD_END) is not None
+
+
 def published_card(card_text: str, theirs: str | None = None, *, repo_id: str | None = None) -> str:
     """The card that a repository gets for a checkpoint's own.
 
@@ -43,7 +47,7 @@ def published_card(card_text: str, theirs: str | None = None, *, repo_id: str | 
     marked section, which a later push replaces. Evaluation results of others stay in either case.
 
     Args:
-        card_text: The checkpoint's card, which this package wrote.
+        card_text: The checkpoint's card. If it is itself somebody else's with such a section, it replaces the other.
         theirs: The card that the repository has.
         repo_id: Id of the repository, which the code examples then load.
 
@@ -54,41 +58,58 @@ def published_card(card_text: str, theirs: str | None = None, *, repo_id: str | 
         card_text = card_text.replace(_FOLDER, f'from_pretrained("{repo_id}")').replace(_FOLDER_NOTE, "")
     if theirs is None:
         return card_text
+    if is_own_card(theirs) or not is_own_card(card_text):
+        header, body = split_card(card_text)
+        index = _joined_index(card_text, theirs)
+        return join_card(patch_header(header, {"model-index": index} if index else {}), body)
+    return carry_over(card_text, theirs)
+
+
+def carry_over(card_text: str, theirs: str) -> str:
+    """Somebody else's card with what this package says in another, as a section and in the header.
+
+    Args:
+        card_text: A card of this package, or one that holds its section.
+        theirs: The card to write into.
+
+    Raises:
+        CardError: A header or a marker is damaged.
+    """
     header, body = split_card(card_text)
     their_header, their_body = split_card(theirs)
     metadata, their_metadata = read_header(header), read_header(their_header)
-    index = _joined_index(metadata, their_metadata, body)
-    results = {"model-index": index} if index else {}
-    if is_own_card(theirs):
-        return join_card(patch_header(header, results), body)
-    joined = {
-        key: unique([*_listed(their_metadata.get(key)), *_listed(metadata[key])])
-        for key in ("tags", "metrics")
-        if metadata.get(key)
-    }
-    added = {key: value for key, value in metadata.items() if key not in their_metadata}
-    their_header = patch_header(their_header, {**added, **joined, **results})
-    section = f"{CARD_START}\n{_without_title(body)}\n{CARD_END}"
+    index = _joined_index(card_text, theirs)
+    values = {key: value for key, value in metadata.items() if key not in their_metadata}
+    for key in ("tags", "metrics"):
+        if metadata.get(key):
+            values[key] = unique([*_listed(their_metadata.get(key)), *_listed(metadata[key])])
+    if index:
+        values["model-index"] = index
+    place = find_section(body, CARD_START, CARD_END)
+    section = f"{CARD_START}\n{_without_title(body)}\n{CARD_END}" if place is None else body[place[0] : place[1]]
     if find_section(their_body, CARD_START, CARD_END) is None:
         # What an evaluation wrote into their card is in the section now.
-        place = find_section(their_body, SECTION_START, SECTION_END)
-        their_body = their_body if place is None else their_body[: place[0]] + their_body[place[1] :]
-    return join_card(their_header, replace_section(their_body, section, CARD_START, CARD_END))
+        old = find_section(their_body, SECTION_START, SECTION_END)
+        their_body = their_body if old is None else their_body[: old[0]] + their_body[old[1] :]
+    patched = patch_header(their_header, values)
+    return join_card(patched, replace_section(their_body, section, CARD_START, CARD_END))
 
 
 def _without_title(body: str) -> str:
     return re.sub(r"\A\s*# .*\n", "## Reordered channels\n", body).strip()
 
 
-def _joined_index(metadata: Mapping[str, Any], theirs: Mapping[str, Any], body: str) -> list[dict[str, Any]]:
-    """Results of others in both cards, and this package's of the new one."""
-    ours, their_index = model_index(metadata), model_index(theirs)
+def _joined_index(card_text: str, theirs: str) -> list[dict[str, Any]]:
+    """Results of others in both cards, and this package's of the first."""
+    header, body = split_card(card_text)
+    metadata, their_metadata = read_header(header), read_header(split_card(theirs)[0])
+    ours, their_index = model_index(metadata), model_index(their_metadata)
     results: list[EvalResult] = model_index_to_eval_results(ours)[1] if ours else []
     if not results and not their_index:
         return []
     held = {_identity(one) for one in (model_index_to_eval_results(their_index)[1] if their_index else [])}
     new = [one for one in results if METHOD_ARGUMENT in (one.metric_args or {}) or _identity(one) not in held]
-    name = name_of(theirs, "") if their_index else name_of(metadata, body)
+    name = name_of(their_metadata, "") if their_index else name_of(metadata, body)
     return [entry for entry in merge_index(their_index, name, new) if entry["results"]]
 
 

@@ -111,10 +111,11 @@ def _content(
     metadata = read_header(split_card(text)[0])
     base = _hub_id(source) or _hub_id(metadata.get("base_model"))
     own = read_header(split_card(earlier or "")[0])
+    name = _short(base or source or folder.resolve()).removesuffix("-spp")
     task = evaluation.pop("task", metadata.get("pipeline_tag") or task_of_class(summary["model_class"]))
     used = [row["dataset"].partition(":")[0] for row in evaluation.get("rows", ())]
     return CardContent(
-        model_name=name_of({}, earlier) if earlier else f"{_short(base or source or folder.resolve())}-spp",
+        model_name=name_of({}, earlier) if earlier else f"{name}-spp",
         summary=summary,
         folder="." if home == folder else CHECKPOINT_NAME,
         base_model=base,

@@ -8,52 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
-
 from .. import checkpoint, folders
 from ..architectures import channel_groups
-from ..config import CONFIG_NAME
-from ..errors import CheckpointError, SubnetworkError
-from ..hub import find_files
-from ..loading import companion_files, load_config, load_model, quiet_transformers
-from ..orders_file import ORDERS_NAME
-from ..reordering import Reordering, remember
+from ..errors import SubnetworkError
+from ..loading import companion_files, quiet_transformers
 from ..subnetworks import record
 from ..subnetworks.widths import cut_of
 
 RECORD_NAME = record.RECORD_NAME
-
-
-def load_reordered(source: str | os.PathLike[str], dtype: str = "auto") -> PreTrainedModel:
-    """Load a reordered checkpoint as a model that knows its reordering, with the scores.
-
-    Args:
-        source: A folder or a Hub id.
-        dtype: As for `load_model`.
-
-    Raises:
-        CheckpointError: It holds no orders, or a file is damaged.
-        OrdersError: The orders belong to another model.
-        SPPError: Whatever `load_model` raises.
-    """
-    if not Path(source).is_dir():
-        load_config(source)
-    found = find_files(source, [ORDERS_NAME, CONFIG_NAME, RECORD_NAME])
-    if RECORD_NAME in found:
-        raise CheckpointError(
-            f"{os.fspath(source)!r} is a sub-network itself. Accepted: the reordered checkpoint that it was cut from, "
-            "which every width is cut out of. Give that one."
-        )
-    if ORDERS_NAME not in found:
-        raise CheckpointError(
-            f"{os.fspath(source)!r} holds no {ORDERS_NAME}, so the order of its channels is not known. Accepted: a "
-            "reordered checkpoint. Make one with `hf-spp reorder MODEL OUT`."
-        )
-    with quiet_transformers(bars=False):
-        reordering, model = Reordering.from_pretrained(source), load_model(source, dtype)
-    reordering.indices(model)
-    remember(model, (reordering,))
-    return model
 
 
 @dataclass(frozen=True)

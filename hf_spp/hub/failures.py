@@ -62,9 +62,10 @@ def explained(
             "Leave revision= out for the default branch."
         ) from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        cached = f"there is no {wanted} of {at} in the local cache" if doing == "read" else f"{at} was not written"
         raise HubError(
-            f"The {wanted} of {at} is not in the local cache, and the Hub cannot be reached. Accepted: a cached "
-            "file, or a connection. Unset HF_HUB_OFFLINE and connect once, or pass a local folder."
+            f"The Hub cannot be reached, and {cached}. Accepted: a connection, or to read also what lies in the cache. "
+            "Unset HF_HUB_OFFLINE and connect, or pass a local folder."
         ) from error
     except EntryNotFoundError as error:
         raise HubError(
@@ -72,7 +73,7 @@ def explained(
             "Check that this is the repository and revision you mean."
         ) from error
     except (HfHubHTTPError, LocalTokenNotFoundError) as error:
-        if status_of(error) not in (None, 401, 403):
+        if isinstance(error, HfHubHTTPError) and status_of(error) not in (401, 403):
             raise _other(at, wanted, doing, error) from error
         raise HubError(
             f"The {wanted} of {at} may not be {doing} with this token, or without one: {error} Accepted: a token of an "

@@ -40,7 +40,13 @@ def is_passing(error: BaseException) -> bool:
     """Whether an error of the client means that the Hub is busy or the connection broke."""
     if isinstance(error, HfHubHTTPError):
         return status_of(error) in _BUSY
-    return isinstance(error, CONNECTION_ERRORS)
+    return isinstance(error, CONNECTION_ERRORS) and not is_unreachable(error)
+
+
+def is_unreachable(error: BaseException) -> bool:
+    """Whether an error of the client means that there is no way to the Hub, so that another try is not worth it."""
+    # The class is that of httpx or httpx2, by version.
+    return type(error).__name__ == "ConnectError"
 
 
 def status_of(error: BaseException) -> int | None:

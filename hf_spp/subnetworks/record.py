@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from transformers.utils import logging
 from .. import checkpoint
 from ..config import check_format_version
 from ..errors import CheckpointError, SPPError
-from ..saving import replacing_checkpoint
+from ..saving import save_together
 from .spec import SubnetworkSpec
 from .widths import Widths
 
@@ -97,12 +96,16 @@ class SubnetworkSaving:
 
     def __call__(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> Any:
         """Save the model into a folder; arguments are those of the model's own `save_pretrained`."""
-        record, save = record_of(self.model), partial(type(self.model).save_pretrained, self.model)
-        if record is None or not kwargs.get("is_main_process", True) or Path(save_directory).is_file():
-            return save(save_directory, *args, **kwargs)
-        with replacing_checkpoint(save_directory) as folder:
-            result = save(folder, *args, **kwargs)
-            checkpoint.write_json(folder / RECORD_NAME, record.to_dict())
+        record = record_of(self.model)
+        if record is None:
+            return type(self.model).save_pretrained(self.model, save_directory, *args, **kwargs)
+        result = save_together(
+            self.model,
+            save_directory,
+            args,
+            kwargs,
+            lambda folder: checkpoint.write_json(folder / RECORD_NAME, record.to_dict()),
+        )
         if record.reason is not None:
             logger.warning(
                 f"No config of transformers states the widths of this {record.model_class} ({record.reason}). Load "
