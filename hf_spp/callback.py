@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from . import checkpoint
 from ._compat import accept_checkpoint_names
-from .cards.training_card import evaluation_results, write_training_card
+from .cards.training_card import evaluation_results, training_card, write_training_card
 from .config import SPPConfig
 from .errors import CallbackError, SPPConfigError
 from .optimizers import check_movable
@@ -26,6 +26,7 @@ from .saving import AdapterOrder, OrderedSaving, fingerprint, names_beside_adapt
 from .stored_state import STATE_NAME, StoredState, pack_text, stored_state
 from .structure import inner_model, is_sharded, tuner_layers
 from .timing import Schedule, Strategy
+from .trainer_pushes import calling_trainer, prepare_push
 from .training import Copy, LiveModel, TrainingBatches, digest_of
 
 logger = logging.get_logger(__name__)
@@ -180,8 +181,10 @@ class SPPCallback(TrainerCallback, ExportableState):
     def on_push_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Lay the orders beside the weights that a push takes from the output folder."""
-        self._write_orders(args, state, kwargs["model"])
+        """Let the push be whole: weights beside their own orders, this package's part of the card, sums."""
+        trainer, model = calling_trainer(), kwargs["model"]
+        if trainer is not None and state.is_world_process_zero:
+            prepare_push(trainer, _checkpoint_folder(args, state), lambda: self._card(args, model))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -287,15 +290,24 @@ class SPPCallback(TrainerCallback, ExportableState):
         self._made = digest_of(self.reordering)
 
     def _write_orders(self, args: TrainingArguments, state: TrainerState, model: Any) -> None:
-        """Write the orders into the output folder, beside the model; portable adapters have none."""
-        reordering = total_of(model)
-        if reordering is not None and state.is_world_process_zero and not saves_portable(model, self.adapters):
-            reordering.save_pretrained(_folder(args))
+        """Write the orders into the output folder; portable adapters have none, and weights there have their own."""
+        reordering, folder = total_of(model), _folder(args)
+        if reordering is None or not state.is_world_process_zero or saves_portable(model, self.adapters):
+            return
+        if not any(folder.glob("model*.safetensors")):
+            reordering.save_pretrained(folder)
 
     def _write_card(self, args: TrainingArguments, state: TrainerState, model: PreTrainedModel) -> None:
-        if self.reordering is not None and state.is_world_process_zero:
-            name = args.hub_model_id or _folder(args).resolve().name
-            write_training_card(_folder(args), name, model, self.reordering, self._results, args.seed)
+        card = self._card(args, model)
+        if card is not None and state.is_world_process_zero:
+            write_training_card(_folder(args), card)
+
+    def _card(self, args: TrainingArguments, model: PreTrainedModel) -> str | None:
+        """The card of the model in training, None before the first reordering."""
+        if self.reordering is None:
+            return None
+        name = args.hub_model_id or _folder(args).resolve().name
+        return training_card(name, model, self.reordering, self._results, args.seed)
 
 
 def _folder(args: TrainingArguments) -> Path:

@@ -65,6 +65,25 @@ def published_card(card_text: str, theirs: str | None = None, *, repo_id: str | 
     return carry_over(card_text, theirs)
 
 
+def renew_evaluation(card_text: str, earlier: str) -> str:
+    """An earlier card of this package with the evaluation of a new one, and everything else as it is.
+
+    Raises:
+        CardError: A header or a marker is damaged.
+    """
+    body = split_card(card_text)[1]
+    place = find_section(body, SECTION_START, SECTION_END)
+    section = "" if place is None else body[place[0] : place[1]]
+    header, their_body = split_card(earlier)
+    metrics = [
+        *_listed(read_header(header).get("metrics")),
+        *_listed(read_header(split_card(card_text)[0]).get("metrics")),
+    ]
+    values = {"metrics": unique(metrics), "model-index": _joined_index(card_text, earlier)}
+    patched = patch_header(header, {key: value for key, value in values.items() if value})
+    return join_card(patched, replace_section(their_body, section, SECTION_START, SECTION_END))
+
+
 def carry_over(card_text: str, theirs: str) -> str:
     """Somebody else's card with what this package says in another, as a section and in the header.
 

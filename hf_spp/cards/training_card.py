@@ -9,7 +9,8 @@ from transformers import PreTrainedModel
 
 from .. import checkpoint
 from ..reordering import Reordering
-from .model_card import CardContent, render_card, task_of_class, update_card_with_evaluation
+from .model_card import CardContent, render_card, task_of_class
+from .published_card import is_own_card, published_card, renew_evaluation
 
 CARD_NAME = "README.md"
 
@@ -25,41 +26,44 @@ def evaluation_results(metrics: Mapping[str, Any], loader: Any) -> tuple[str, di
     return getattr(info, "dataset_name", None) or "evaluation set", results
 
 
-def write_training_card(
-    folder: Path,
+def training_card(
     name: str,
     model: PreTrainedModel,
     reordering: Reordering,
     results: Mapping[str, Mapping[str, float]],
     seed: int,
-) -> None:
-    """Write the card of a run into its folder, or the evaluation's results into the card that is there.
+) -> str:
+    """The card of a model in training.
 
     Args:
-        folder: The run's output folder.
         name: The model's name, or its id on the Hub.
         model: The model.
         reordering: What it went through.
         results: Metrics of each data set that was evaluated.
         seed: Seed of the run.
     """
-    path, task, name = folder / CARD_NAME, task_of_class(reordering.model_class), name.split("/")[-1]
-    rows = [
-        {"dataset": dataset, "method": "spp", "seed": seed, "metrics": dict(metrics)}
-        for dataset, metrics in results.items()
-    ]
-    if path.exists():
-        if rows:
-            text = update_card_with_evaluation(checkpoint.read_text(path), rows, task=task, model_name=name)
-            checkpoint.write_text(path, text)
-        return
     base = getattr(getattr(model, "config", None), "_name_or_path", None)
     content = CardContent(
-        model_name=name,
+        model_name=name.split("/")[-1],
+        repo_id=name if "/" in name else None,
         summary=reordering.summary(),
         base_model=base if base and not Path(base).exists() else None,
-        pipeline_tag=task,
-        rows=rows,
+        pipeline_tag=task_of_class(reordering.model_class),
+        rows=[
+            {"dataset": dataset, "method": "spp", "seed": seed, "metrics": dict(metrics)}
+            for dataset, metrics in results.items()
+        ],
         fine_tuned=True,
     )
-    checkpoint.write_text(path, str(render_card(content)))
+    return str(render_card(content))
+
+
+def write_training_card(folder: Path, card_text: str) -> None:
+    """Write the card of a run into its output folder.
+
+    In an earlier card of the run only the evaluation changes; one of somebody else stays and gets a section.
+    """
+    path = folder / CARD_NAME
+    theirs = checkpoint.read_text(path) if path.is_file() else None
+    own = theirs is not None and is_own_card(theirs)
+    checkpoint.write_text(path, renew_evaluation(card_text, theirs or "") if own else published_card(card_text, theirs))
