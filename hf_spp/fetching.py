@@ -15,8 +15,9 @@ from .sums import SUMS_NAME, check_sums, differing, read_sums
 
 logger = logging.get_logger(__name__)
 
-# What is read of a checkpoint decides what it computes.
-_READ = ("*.safetensors", "*.json")
+# What decides what a checkpoint computes must have a sum; other files that are read may have one.
+_DECISIVE = ("*.safetensors", "*.safetensors.index.json", "config.json", "spp_*.json")
+_READ = "*.json"
 # Checkpoints of a run in training are models of their own.
 _OTHER_MODELS = ("checkpoint-*/*", "last-checkpoint/*")
 _NOT_LOADED = ("*/*", "*.bin", "*.h5", "*.msgpack", "*.onnx", "*.png")
@@ -71,10 +72,11 @@ def fetch_checkpoint(
 
 
 def _compared(folder: Path, *, whole: bool) -> list[str]:
-    """The files to compare: all that have a sum, or all that are read, which must have one."""
-    if whole:
-        return list(read_sums(folder / SUMS_NAME))
-    return sorted(path.name for pattern in _READ for path in folder.glob(pattern))
+    """The files to compare: all that have a sum, or those of them that are read."""
+    summed = read_sums(folder / SUMS_NAME)
+    decisive = {path.name for pattern in _DECISIVE for path in folder.glob(pattern)}
+    read = summed if whole else {path.name for path in folder.glob(_READ)} & summed.keys()
+    return sorted({*decisive, *read})
 
 
 def _replace_damaged(repo_id: str, folder: Path, token: str | bool | None, *, whole: bool) -> None:

@@ -148,15 +148,14 @@ def push_files(
                 return done
             try:
                 return _commit(api, head, change, message, branch, create_pr)
-            except HfHubHTTPError as error:
-                if status_of(error) != _CONFLICT and not is_passing(error):
-                    raise
-                lost = error
-            except Exception as error:  # a broken connection, or what is left of one; the head tells what became of it
-                if not is_passing(error):
+            except Exception as error:  # whatever came back, only the repository tells whether the commit landed
+                conflict = status_of(error) == _CONFLICT
+                if isinstance(error, HfHubHTTPError) and not conflict and not is_passing(error):
                     raise
                 lost = error
             logger.info(f"The commit to {repo_id} got no answer ({lost}); what became of it is read.")
+            if not conflict and not is_passing(lost):
+                break
         head = _head(api, repo_id, branch)
         done = _done(api, head, change, branch, message, create_pr, lost)
         if done is None:
