@@ -13,14 +13,20 @@ _LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
 _LARGEST = 1 << 24
 
 
-def write_sums(folder: str | os.PathLike[str]) -> Path:
+def write_sums(folder: str | os.PathLike[str], known: Mapping[str, str] | None = None) -> Path:
     """Write the sums of every file of a folder beside them, hidden files left out.
+
+    Args:
+        folder: The folder.
+        known: Sums that need not be taken again, by path inside the folder.
 
     Raises:
         CheckpointError: A file cannot be read, or has a name that the format cannot hold.
     """
     folder = Path(folder)
-    return _write(folder, {_checked(name, folder): checkpoint.sha256_of(folder / name) for name in _files(folder)})
+    known = known or {}
+    names = (_checked(name, folder) for name in _files(folder))
+    return _write(folder, {name: known.get(name) or checkpoint.sha256_of(folder / name) for name in names})
 
 
 def renew_sums(folder: str | os.PathLike[str], names: Iterable[str]) -> None:

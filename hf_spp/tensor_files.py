@@ -9,10 +9,11 @@ import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -295,12 +296,28 @@ def read_weights(folder: PathLike) -> StoredWeights:
     return StoredWeights(headers, metadata)
 
 
-def read_tensor(file: BinaryIO, tensor: StoredTensor, *, raw: bool = False) -> Tensor:
+@contextmanager
+def open_tensors(path: PathLike) -> Iterator[FileIO]:
+    """A safetensors file, open for reading its data in the block.
+
+    Raises:
+        CheckpointError: The file is missing or cannot be read.
+    """
+    try:
+        file = FileIO(os.fspath(path))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}. Check the path.") from error
+    with file:
+        yield file
+
+
+def read_tensor(file: FileIO, tensor: StoredTensor, *, rows: range | None = None, raw: bool = False) -> Tensor:
     """Read one tensor of an open safetensors file into memory of its own.
 
     Args:
         file: The file, opened for reading bytes.
         tensor: The tensor.
+        rows: The part of its first dimension to read, one after another; None means all.
         raw: Whether to give its elements as integers of the same size, which every type of whole bytes can be.
 
     Raises:
@@ -308,13 +325,14 @@ def read_tensor(file: BinaryIO, tensor: StoredTensor, *, raw: bool = False) -> T
         UnsupportedModelError: torch has no such type.
     """
     dtype = tensor.raw_dtype if raw else tensor.torch_dtype
-    values = torch.empty(tensor.shape, dtype=dtype)
-    file.seek(tensor.start)
+    values = torch.empty(tensor.shape if rows is None else (len(rows), *tensor.shape[1:]), dtype=dtype)
+    before = 0 if rows is None else rows.start * math.prod(tensor.shape[1:]) * tensor.itemsize
+    file.seek(tensor.start + before)
     _read_into(file, memoryview(_bytes_of(values)), tensor.name)
     return values
 
 
-def copy_pieces(file: BinaryIO, tensor: StoredTensor) -> Iterator[memoryview]:
+def copy_pieces(file: FileIO, tensor: StoredTensor) -> Iterator[memoryview]:
     """The bytes of one tensor of an open safetensors file, piece by piece; a piece is valid until the next one.
 
     Raises:
@@ -364,37 +382,18 @@ def write_tensors(path: PathLike, head: bytes, data: Iterable[memoryview]) -> st
     Raises:
         CheckpointError: The file cannot be written.
     """
-    target = Path(path)
-    temporary = target.parent / f".{target.name}.tmp"
     digest = hashlib.sha256(head)
-    try:
-        with open(temporary, "wb", buffering=0) as file:
-            file.write(head)
-            for piece in data:
-                digest.update(piece)
-                _write_all(file, piece)
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except OSError as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(
-            f"{target} cannot be written ({error.strerror or error}). Give a folder that is writable and has space."
-        ) from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
+    with checkpoint.writing(path) as file:
+        file.write(head)
+        for piece in data:
+            digest.update(piece)
+            file.write(piece)
     return digest.hexdigest()
 
 
-def _write_all(file: Any, piece: memoryview) -> None:
-    while len(piece):
-        piece = piece[file.write(piece) :]
-
-
-def _read_into(file: BinaryIO, target: memoryview, name: str) -> None:
+def _read_into(file: FileIO, target: memoryview, name: str) -> None:
     while len(target):
-        count = file.readinto(target)  # type: ignore[attr-defined]
+        count = file.readinto(target)
         if not count:
             raise CheckpointError(f"The file ends within tensor {name}. Download or save it again.")
         target = target[count:]
