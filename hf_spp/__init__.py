@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from .config import SPPConfig
     from .curves.measurement import width_report
     from .reordering import Reordering
+    from .streaming import reorder_checkpoint
     from .subnetworks import (
         ElasticTrainer,
         SubnetworkSpec,
@@ -86,6 +87,7 @@ __all__ = [
     "extract_subnetwork",
     "load_subnetwork",
     "register_architecture",
+    "reorder_checkpoint",
     "save_width",
     "subnetwork_view",
     "width_report",
@@ -111,6 +113,7 @@ _HOMES = {
     "extract_subnetwork": "subnetworks",
     "load_subnetwork": "subnetworks",
     "register_architecture": "architectures",
+    "reorder_checkpoint": "streaming",
     "save_width": "subnetworks",
     "subnetwork_view": "subnetworks",
     "width_report": "curves.measurement",
