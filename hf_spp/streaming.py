@@ -6,10 +6,11 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from io import FileIO
+from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,13 +32,14 @@ from .orders_file import ORDERS_NAME
 from .permutation import compose_orders, gather_indices, invert_orders, salient_order, scores_before
 from .reordering import Reordering
 from .saliency import check_finite, has_large_entries, weight_scores
-from .stored_names import StoredNames, stored_names
+from .stored_names import Gather, StoredNames, stored_names
 from .sums import SUMS_NAME
 from .tensor_files import (
     INDEX_NAME,
     WEIGHTS_NAME,
     StoredTensor,
     StoredWeights,
+    advise,
     copy_pieces,
     open_tensors,
     pack_header,
@@ -255,6 +257,11 @@ class _Files:
             self._open[name] = self._stack.enter_context(open_tensors(self.origin.folder / name))
         return self._open[name]
 
+    def announce(self, tensor: str) -> None:
+        """Let the system fetch a tensor's bytes while something else is computed."""
+        one = self.tensors[tensor]
+        advise(self.file(tensor).fileno(), one.start, one.nbytes, "WILLNEED")
+
     def live(self, layout: Layout, dims: Mapping[int, Positions]) -> Tensor:
         """A tensor of the model, or a block of it, put together from stored ones."""
         reads = layout.reads(dims)
@@ -285,40 +292,55 @@ class _Files:
         order = [dim for dims in read.dims for dim in dims]
         return values.permute(order).reshape([len(places) for places in read.places]).contiguous()
 
-    def new(self, tensor: str, indices: Mapping[str, Mapping[int, Tensor]]) -> Iterator[memoryview]:
-        """The bytes of a stored tensor in the new order.
+    def new(self, names: Sequence[str], indices: Mapping[str, Mapping[int, Tensor]]) -> Iterator[memoryview]:
+        """The bytes of stored tensors in the new order, one after another.
 
         Raises:
-            NonFiniteWeightsError: It holds NaN or infinity, and was not found to be finite before.
+            NonFiniteWeightsError: One holds NaN or infinity, and was not found to be finite before.
         """
-        stored = self.tensors[tensor]
-        gather = self.origin.names.gather(tensor, indices)
-        unchecked = tensor not in self.scored and stored.dtype in ("F64", "F32", "F16", "BF16")
-        if gather.dims or unchecked:
-            source = self.tensors[gather.source]
-            values = read_tensor(self.file(gather.source), source, raw=True)
-            if unchecked and source.name not in self.scored:
-                check_finite({gather.source: values.view(source.torch_dtype)})
-            gather_tensors({tensor: values}, {tensor: gather.dims})
-            pieces = pieces_of(values)
-        else:
-            pieces = copy_pieces(self.file(gather.source), self.tensors[gather.source])
-        for piece in pieces:
-            yield piece
-            self.advance(len(piece))
+        for name, after in zip_longest(names, names[1:]):
+            gather = self.origin.names.gather(name, indices)
+            pieces = self._gathered(name, gather)
+            if after is not None:
+                self.announce(after)
+            for piece in pieces:
+                yield piece
+                self.advance(len(piece))
+
+    def _gathered(self, name: str, gather: Gather) -> Iterator[memoryview]:
+        source = self.tensors[gather.source]
+        unchecked = name not in self.scored and source.dtype in ("F64", "F32", "F16", "BF16")
+        if not gather.dims and not unchecked:
+            return copy_pieces(self.file(gather.source), source)
+        values = read_tensor(self.file(gather.source), source, raw=True)
+        if unchecked:
+            check_finite({name: values.view(source.torch_dtype)})
+        gather_tensors({name: values}, {name: gather.dims})
+        return pieces_of(values)
 
 
 class _LiveTensors(Mapping[str, Any]):
-    """The model's tensors by name, read from files when they are asked for; large stacks entry by entry."""
+    """The model's tensors by name, read from files when they are asked for; large stacks entry by entry.
 
-    def __init__(self, files: _Files) -> None:
+    Args:
+        files: The files.
+        order: The names in the order in which they will be asked for.
+    """
+
+    def __init__(self, files: _Files, order: Sequence[str]) -> None:
         self._files, self._names = files, files.origin.names
+        self._next = dict(pairwise(order))
 
     def __getitem__(self, name: str) -> Any:
         layout = self._names.layout(name)
         size = self._files.tensors[layout.sources[0]].itemsize
         stack = _Stack(self._files, layout, size)
-        return stack if has_large_entries(stack) else self._files.live(layout, {})
+        if has_large_entries(stack):
+            return stack
+        values = self._files.live(layout, {})
+        if name in self._next:
+            self._files.announce(self._names.layout(self._next[name]).sources[0])
+        return values
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names.layouts)
@@ -351,10 +373,10 @@ def _decide(files: _Files, config: SPPConfig) -> Reordering:
     origin = files.origin
     groups, config = select(origin.model, config)
     metric = cast(str, config.metric)
+    read = list(dict.fromkeys(member.tensor for group in groups for member in group.scored_members))
     if metric != "random":
-        read = {member.tensor for group in groups for member in group.scored_members}
         files.expect(sum(origin.stored[one].nbytes for name in read for one in origin.names.layout(name).sources))
-    scores = weight_scores(groups, _LiveTensors(files), metric, config.seed)
+    scores = weight_scores(groups, _LiveTensors(files, read), metric, config.seed)
     if origin.earlier is not None and metric != "random":
         scores = scores_before(groups, origin.earlier.orders, scores)
     orders = {name: salient_order(values) for name, values in scores.items()}
@@ -466,7 +488,7 @@ class _Job:
             if file in self._sums:
                 files.advance(sum(one.nbytes for one in kept))
             elif kept:
-                data = (piece for one in kept for piece in files.new(one.name, indices))
+                data = files.new([one.name for one in kept], indices)
                 self._sums[file] = write_tensors(self.built / file, pack_header(kept, header.metadata), data)
                 self._note(decided)
         if origin.weights.metadata is not None:

@@ -9,6 +9,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import FileIO
@@ -31,6 +32,7 @@ _LARGEST_INDEX = 1 << 28
 _LARGEST_FILE = 1 << 62
 _MOST_DIMS = 32
 _PIECE = 16 << 20
+_AHEAD = 128 << 20
 
 # Bits of an element, and what torch calls it where it has it.
 _DTYPES: Mapping[str, tuple[int, torch.dtype | None]] = {
@@ -382,13 +384,26 @@ def write_tensors(path: PathLike, head: bytes, data: Iterable[memoryview]) -> st
     Raises:
         CheckpointError: The file cannot be written.
     """
-    digest = hashlib.sha256(head)
-    with checkpoint.writing(path) as file:
+    digest, count = hashlib.sha256(head), 0
+    with checkpoint.writing(path) as file, ThreadPoolExecutor(1) as beside:
         file.write(head)
         for piece in data:
-            digest.update(piece)
+            summed = beside.submit(digest.update, piece)
             file.write(piece)
+            summed.result()
+            count += len(piece)
+            if count >= _AHEAD:
+                file.flush()
+                # Begins to bring what was written to the disk, so that the end need not wait for all of it.
+                advise(file.fileno(), 0, 0, "DONTNEED")
+                count = 0
     return digest.hexdigest()
+
+
+def advise(descriptor: int, start: int, count: int, what: str) -> None:
+    """Tell the system how a part of a file will be used, where it wants to know; a count of 0 is to its end."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, start, count, getattr(os, f"POSIX_FADV_{what}"))
 
 
 def _read_into(file: FileIO, target: memoryview, name: str) -> None:
