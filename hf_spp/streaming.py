@@ -299,24 +299,25 @@ class _Files:
             NonFiniteWeightsError: One holds NaN or infinity, and was not found to be finite before.
         """
         for name, after in zip_longest(names, names[1:]):
-            gather = self.origin.names.gather(name, indices)
-            pieces = self._gathered(name, gather)
-            if after is not None:
-                self.announce(after)
-            for piece in pieces:
-                yield piece
-                self.advance(len(piece))
+            yield from self._gathered(name, self.origin.names.gather(name, indices), after)
 
-    def _gathered(self, name: str, gather: Gather) -> Iterator[memoryview]:
+    def _gathered(self, name: str, gather: Gather, after: str | None) -> Iterator[memoryview]:
+        # One tensor's values go with this call, before those of the next come.
         source = self.tensors[gather.source]
         unchecked = name not in self.scored and source.dtype in ("F64", "F32", "F16", "BF16")
-        if not gather.dims and not unchecked:
-            return copy_pieces(self.file(gather.source), source)
-        values = read_tensor(self.file(gather.source), source, raw=True)
-        if unchecked:
-            check_finite({name: values.view(source.torch_dtype)})
-        gather_tensors({name: values}, {name: gather.dims})
-        return pieces_of(values)
+        if gather.dims or unchecked:
+            values = read_tensor(self.file(gather.source), source, raw=True)
+            if unchecked:
+                check_finite({name: values.view(source.torch_dtype)})
+            gather_tensors({name: values}, {name: gather.dims})
+            pieces = pieces_of(values)
+        else:
+            pieces = copy_pieces(self.file(gather.source), source)
+        if after is not None:
+            self.announce(after)
+        for piece in pieces:
+            yield piece
+            self.advance(len(piece))
 
 
 class _LiveTensors(Mapping[str, Any]):

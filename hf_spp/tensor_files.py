@@ -392,6 +392,7 @@ def write_tensors(path: PathLike, head: bytes, data: Iterable[memoryview]) -> st
             file.write(piece)
             summed.result()
             count += len(piece)
+            del piece  # and the tensor that it is a part of, before the next is read
             if count >= _AHEAD:
                 file.flush()
                 # Begins to bring what was written to the disk, so that the end need not wait for all of it.
