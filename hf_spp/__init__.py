@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from .curves.measurement import width_report
     from .publishing import push_to_hub
     from .reordering import Reordering
+    from .streaming import reorder_checkpoint
     from .subnetworks import (
         ElasticTrainer,
         SubnetworkSpec,
@@ -90,6 +91,7 @@ __all__ = [
     "load_subnetwork",
     "push_to_hub",
     "register_architecture",
+    "reorder_checkpoint",
     "save_width",
     "subnetwork_view",
     "width_report",
@@ -117,6 +119,7 @@ _HOMES = {
     "load_subnetwork": "subnetworks",
     "push_to_hub": "publishing",
     "register_architecture": "architectures",
+    "reorder_checkpoint": "streaming",
     "save_width": "subnetworks",
     "subnetwork_view": "subnetworks",
     "width_report": "curves.measurement",

@@ -1,14 +1,20 @@
 """What depends on the version of transformers, huggingface_hub or torch, in one place."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any
 
 import huggingface_hub.errors
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
 
 # The HTTP client under huggingface_hub is httpx or httpx2, by version; Python's own errors come from hf_xet.
 CONNECTION_ERRORS: tuple[type[Exception], ...] = (
@@ -40,6 +46,42 @@ def _rename(model: PreTrainedModel, state_dict: dict[str, Any], *rest: Any) -> N
                 renamed, _pattern = renaming.rename_source_key(renamed)
         if renamed in own:
             state_dict[renamed] = state_dict.pop(name)
+
+
+def converted(model: PreTrainedModel, stored: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """What `from_pretrained` makes of the tensors of checkpoint files: renamed, stacked, joined, cut and turned.
+
+    Args:
+        model: The model that they are loaded into; it stays as it is.
+        stored: Tensors by their name in the files.
+
+    Returns:
+        Tensors by their name in the model, and the names in the files that it does not use.
+    """
+    own: dict[str, Any] = model.state_dict()
+    mapping = get_model_conversion_mapping(model)
+    renamings = [one for one in mapping if isinstance(one, WeightRenaming)]
+    converters = [one for one in mapping if isinstance(one, WeightConverter)]
+    by_pattern = {pattern: one for one in converters for pattern in one.source_patterns}
+    made: dict[str, Tensor] = {}
+    collected: dict[str, Any] = {}
+    unused: list[str] = []
+    # The order in which transformers collects the tensors of a list.
+    for name in sorted(stored, key=dot_natural_key):
+        renamed, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, own)
+        if renamed not in own and name in own:
+            renamed, pattern = rename_source_key(name, [], [], model.base_model_prefix, own)
+        if renamed not in own or (pattern is None and (renamed in made or renamed in collected)):
+            unused.append(name)
+        elif pattern is None:
+            made[renamed] = stored[name]
+        else:
+            converter = collected.setdefault(renamed, deepcopy(by_pattern[pattern]))
+            converter.add_tensor(renamed, name, pattern, stored[name])
+    for name, converter in collected.items():
+        results = converter.convert(name, model=model, config=model.config)
+        made.update({key: one[0] if isinstance(one, list) else one for key, one in results.items()})
+    return made, unused
 
 
 @contextmanager

@@ -8,8 +8,8 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load as deserialize_tensors
 from safetensors.torch import save as serialize_tensors
 
-from .errors import CheckpointError
+from .errors import CheckpointError, SPPError
 
 PathLike = str | os.PathLike[str]
 
 _PIECE = 1 << 20
 
 
-def write_bytes(path: PathLike, data: bytes) -> Path:
-    """Write `data` to `path` through a temporary file beside it and a rename.
+@contextmanager
+def writing(path: PathLike) -> Iterator[Any]:
+    """Write a file in the block through a temporary file beside it; it is synced and renamed when the block ends well.
 
     Raises:
         CheckpointError: The folder cannot be written.
@@ -36,19 +37,31 @@ def write_bytes(path: PathLike, data: bytes) -> Path:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)
         sync_names(target.parent)
     except OSError as error:
+        if isinstance(error, SPPError):
+            raise
         raise CheckpointError(
             f"{target} cannot be written ({error.strerror or error}). Give a folder that exists and is writable."
         ) from error
     finally:
         with suppress(OSError):
             temporary.unlink()
-    return target
+
+
+def write_bytes(path: PathLike, data: bytes) -> Path:
+    """Write `data` to `path` through a temporary file beside it and a rename.
+
+    Raises:
+        CheckpointError: The folder cannot be written.
+    """
+    with writing(path) as file:
+        file.write(data)
+    return Path(path)
 
 
 def remove_file(path: PathLike) -> None:
@@ -111,6 +124,20 @@ def read_bytes(path: PathLike) -> bytes:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}. Check the path.") from error
 
 
+def read_pieces(path: PathLike) -> Iterator[bytes]:
+    """Read a file piece by piece.
+
+    Raises:
+        CheckpointError: The file is missing or cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            while piece := file.read(_PIECE):
+                yield piece
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}. Check the path.") from error
+
+
 def sha256_of(path: PathLike) -> str:
     """The SHA-256 sum of a file, hexadecimal.
 
@@ -118,12 +145,8 @@ def sha256_of(path: PathLike) -> str:
         CheckpointError: The file cannot be read.
     """
     digest = hashlib.sha256()
-    try:
-        with open(path, "rb") as file:
-            while piece := file.read(_PIECE):
-                digest.update(piece)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}. Check the path.") from error
+    for piece in read_pieces(path):
+        digest.update(piece)
     return digest.hexdigest()
 
 
@@ -162,8 +185,11 @@ def unpack_tensors(data: bytes, name: str) -> tuple[dict[str, torch.Tensor], dic
 
 
 def copy_file(source: PathLike, target: PathLike) -> Path:
-    """Copy a file's bytes, atomically."""
-    return write_bytes(target, read_bytes(source))
+    """Copy a file's bytes, atomically and piece by piece."""
+    with writing(target) as file:
+        for piece in read_pieces(source):
+            file.write(piece)
+    return Path(target)
 
 
 def copy_missing(files: Mapping[str, Path], folder: Path) -> None:

@@ -13,6 +13,7 @@ from .command_group import FAILED, Commands, Overwrite, Reordered, Revision, exa
 from .errors import CalibrationError, SPPConfigError
 from .terminal import (
     out,
+    progress_bar,
     show_comparison,
     show_families,
     show_map,
@@ -136,6 +137,7 @@ def compare(
     epilog=examples(
         "hf-spp reorder google/vit-base-patch16-224 ./vit-spp",
         "hf-spp reorder ./my-bert ./my-bert-spp --axes ffn,heads --metric l2",
+        "hf-spp reorder ./llama-70b ./llama-70b-spp --stream",
     )
 )
 def reorder(
@@ -155,16 +157,22 @@ def reorder(
     ] = "auto",
     seed: Annotated[int, typer.Option(help="Seed of the metric random and of the proof's inputs.", min=0)] = 0,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not prove that the function is equal.")] = False,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="For models larger than memory: tensor by tensor, without the proof.")
+    ] = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Write a reordered copy of a model: a stock checkpoint, orders and card.
 
     The copy computes the same, which is measured before it is written. `transformers` alone loads it.
+
+    With --stream a run that was stopped goes on where it was.
     """
     with working("Starting"):
         from .config import WEIGHT_METRICS, SPPConfig
         from .conversion import load_original, save_reordered
         from .folders import check_replaceable
+        from .streaming import reorder_checkpoint
         from .transform import apply_spp
     names, parts = (tuple(_split(values)) or None for values in (axes, towers))
     config = SPPConfig(axes=names, towers=parts, metric=metric, seed=seed, verify=not no_verify)
@@ -175,10 +183,18 @@ def reorder(
             "calibration=batches)."
         )
     check_replaceable(target, overwrite=overwrite)
-    loaded = load_original(model, dtype)
-    with working(f"Reordering {type(loaded).__name__}"):
-        reordering = apply_spp(loaded, config)
-    save_reordered(loaded, reordering, model, target, overwrite=overwrite)
+    if stream:
+        if dtype != "auto":
+            raise SPPConfigError(
+                f"--stream keeps every dtype, and --dtype is {dtype}. Accepted: one of them. Leave out --dtype."
+            )
+        with progress_bar("Reordering") as progress:
+            reordering = reorder_checkpoint(model, target, config, overwrite=overwrite, progress=progress)
+    else:
+        loaded = load_original(model, dtype)
+        with working(f"Reordering {type(loaded).__name__}"):
+            reordering = apply_spp(loaded, config)
+        save_reordered(loaded, reordering, model, target, overwrite=overwrite)
     out().print(escape(str(reordering)), soft_wrap=True)
     show_places({"Checkpoint": [target], "Card": [target / "README.md"], "Check it": [f"hf-spp verify {target}"]})
 

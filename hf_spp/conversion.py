@@ -151,11 +151,35 @@ def write_checkpoint(
         model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
         if processing_class is not None:
             processing_class.save_pretrained(folder)
+    complete_checkpoint(folder, reordering, beside=beside, source=source, rows=rows, fine_tuned=fine_tuned)
+
+
+def complete_checkpoint(
+    folder: Path,
+    reordering: Reordering,
+    *,
+    beside: Mapping[str, Path] | None = None,
+    source: str | os.PathLike[str] | None = None,
+    rows: Sequence[Row] = (),
+    fine_tuned: bool = False,
+    sums: Mapping[str, str] | None = None,
+) -> None:
+    """Write what belongs to a reordered checkpoint beside the weights, which lie in the folder; see `write_checkpoint`.
+
+    Args:
+        folder: The folder with the weights.
+        reordering: What was done to them.
+        beside: Files to copy, by their path in the folder.
+        source: Folder or Hub id of the original, for the card.
+        rows: Results of the model, for the card.
+        fine_tuned: Whether the model was trained after its reordering.
+        sums: SHA-256 sums of files that need not be read again for that.
+    """
     checkpoint.copy_missing(beside or {}, folder)
     reordering.save_pretrained(folder)
     checkpoint.write_bytes(folder / SALIENCY_PLOT, saliency_spectrum(reordering.scores, reordering.groups.groups))
     write_card(folder, source=source, rows=rows, fine_tuned=fine_tuned)
-    write_sums(folder)
+    write_sums(folder, sums)
 
 
 def finish_comparison(results: ComparisonResults, source: str | os.PathLike[str]) -> Path | None:

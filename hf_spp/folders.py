@@ -149,7 +149,7 @@ def _built_beside(folder: Path) -> Iterator[Path]:
     _remove_abandoned(folder)
     temporary = checkpoint.beside(folder)
     temporary.mkdir()
-    held = _lock(temporary)
+    held = lock(temporary)
     try:
         yield temporary
     finally:
@@ -164,13 +164,13 @@ def _remove_abandoned(folder: Path) -> None:
         with suppress(FileNotFoundError):
             if not path.is_dir() or time.time() - path.stat().st_mtime < _ABANDONED_SECONDS:
                 continue
-            held = _lock(path)
+            held = lock(path)
             if held is not None:
                 shutil.rmtree(path, ignore_errors=True)
                 os.close(held)
 
 
-def _lock(folder: Path) -> int | None:
+def lock(folder: Path) -> int | None:
     """Hold a folder for this process as long as the descriptor is open; None if another does, or nobody can."""
     if fcntl is None:
         return None

@@ -111,11 +111,7 @@ def load_model(source: str | os.PathLike[str], dtype: str = "auto", *, cls: Any 
     if dtype not in DTYPES:
         raise SPPConfigError(f"dtype {dtype!r} is unknown. Accepted: {', '.join(DTYPES)}. Use float32 if in doubt.")
     config = load_config(source)
-    if getattr(config, "quantization_config", None):
-        raise UnsupportedModelError(
-            f"Model {os.fspath(source)!r} holds quantized weights, whose packed rows cannot be moved. Accepted: "
-            "float weights. Reorder the unquantized checkpoint first and quantize the result."
-        )
+    refuse_quantized(config, source)
     cls = model_class(config) if cls is None else cls
     wanted = dtype if dtype == "auto" else getattr(torch, dtype)
     try:
@@ -128,10 +124,23 @@ def load_model(source: str | os.PathLike[str], dtype: str = "auto", *, cls: Any 
             f"The weights of {os.fspath(source)!r} cannot be loaded into {cls.__name__}: {_first_line(error)} "
             "Accepted: whole safetensors weights that fit config.json. Download or save the model again."
         ) from error
-    _warn(report["unexpected_keys"], f"weights of {os.fspath(source)} are not used by {cls.__name__} and left out")
-    _warn(report["missing_keys"], f"weights of {cls.__name__} are not in {os.fspath(source)} and drawn at random")
+    warn_names(report["unexpected_keys"], f"weights of {os.fspath(source)} are not used by {cls.__name__} and left out")
+    warn_names(report["missing_keys"], f"weights of {cls.__name__} are not in {os.fspath(source)} and drawn at random")
     model: PreTrainedModel = loaded.eval()
     return model
+
+
+def refuse_quantized(config: PreTrainedConfig, source: str | os.PathLike[str]) -> None:
+    """Refuse a checkpoint whose config says that it is quantized.
+
+    Raises:
+        UnsupportedModelError: It is.
+    """
+    if getattr(config, "quantization_config", None):
+        raise UnsupportedModelError(
+            f"Model {os.fspath(source)!r} holds quantized weights, whose packed rows cannot be moved. Accepted: "
+            "float weights. Reorder the unquantized checkpoint first and quantize the result."
+        )
 
 
 def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
@@ -188,7 +197,8 @@ def companion_files(source: str | os.PathLike[str]) -> dict[str, Path]:
     return hub.find_files(source, COMPANIONS)
 
 
-def _warn(names: Any, what: str) -> None:
+def warn_names(names: Any, what: str) -> None:
+    """Warn of some names, a few of them spelled out."""
     if names:
         some = sorted(map(str, names))
         logger.warning(f"{len(some)} {what}: {', '.join(some[:4])}{', …' if len(some) > 4 else ''}")

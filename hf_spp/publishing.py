@@ -28,7 +28,7 @@ from .orders_file import ORDERS_NAME
 from .permutation import check_orders
 from .reordering import Reordering, total_of
 from .structure import tuner_layers
-from .sums import SUMS_NAME, check_sums, files_of, read_sums, write_sums
+from .sums import SUMS_NAME, check_sums, files_of, read_sums, write_list
 
 logger = logging.get_logger(__name__)
 
@@ -146,7 +146,7 @@ def push_checkpoint(
             written = {CARD_NAME: checkpoint.write_text(staged / CARD_NAME, text)}
             sums = {name: known.get(name) or checkpoint.sha256_of(path) for name, path in files.items()}
             sums |= {name: checkpoint.sha256_of(path) for name, path in written.items()}
-            pushed = {**files, **written, SUMS_NAME: write_sums(staged, sums)}
+            pushed = {**files, **written, SUMS_NAME: write_list(staged, sums)}
             stale = (name for name in head.digests if _OF_WEIGHTS.fullmatch(name) and name not in pushed)
             return Change(pushed, frozenset(stale), sums)
 

@@ -39,8 +39,8 @@ class Reordering:
         scores: Per group `[blocks, size]`, float32, in the original order.
         groups: The groups that were put in order, with every tensor dimension that moved.
         refused: Axes that may not move, where and why.
-        proof: How far the outputs moved, None if the proof was switched off.
-        tolerance: Largest relative difference that was accepted, None if the proof was switched off.
+        proof: How far the outputs moved, None if the model was not run.
+        tolerance: Largest relative difference that was accepted, None if the model was not run.
         model_type: The config's `model_type`.
         model_class: Class name of the model that was reordered.
         dtype: Dtype of its weights.
@@ -68,12 +68,12 @@ class Reordering:
 
     @property
     def max_abs_diff(self) -> float | None:
-        """Largest absolute difference of the model's outputs, None if the proof was switched off."""
+        """Largest absolute difference of the model's outputs, None if the model was not run."""
         return None if self.proof is None else self.proof.max_abs_diff
 
     @property
     def relative_diff(self) -> float | None:
-        """Largest difference relative to the scale of its output, None if the proof was switched off."""
+        """Largest difference relative to the scale of its output, None if the model was not run."""
         return None if self.proof is None else self.proof.relative_diff
 
     @property
@@ -125,6 +125,7 @@ class Reordering:
                 "Undo the last reordering first, or load the reordered checkpoint again."
             )
         indices = invert_indices(self.indices(model))
+        check_writable(inner_model(model))
         along = optimizer_moves(optimizer, model, indices)
         if along and not is_in_order(optimizer, self):
             raise OptimizerError(
@@ -150,7 +151,9 @@ class Reordering:
             raise OrdersError(
                 f"This {type(model).__name__} is already in the order of this reordering. Apply it to the original."
             )
-        gather_model(model, self.indices(model))
+        indices = self.indices(model)
+        check_writable(inner_model(model))
+        gather_model(model, indices)
         remember(model, (*(history_of(model) or ()), self))
 
     def apply_to_optimizer(self, optimizer: Any, model: nn.Module) -> None:
@@ -228,13 +231,12 @@ class Reordering:
         """The gather index of each dimension that this reordering moves in a model, by tensor name and dimension.
 
         Args:
-            model: A model of the kind that this reordering was made for.
+            model: A model of the kind that this reordering was made for; its weights need hold no values.
 
         Raises:
             OrdersError: The orders do not fit this model.
         """
         groups, model = channel_groups(model), inner_model(model)
-        check_writable(model)
         if model_type_of(model) != self.model_type:
             raise OrdersError(
                 f"These orders belong to a {self.model_type} model; a {model_type_of(model)} model "
@@ -305,7 +307,7 @@ class Reordering:
         if not self.changed:
             lines.append("  nothing moved: the model was already in this order")
         if self.proof is None:
-            lines.append("  equal function was NOT checked: the proof was switched off")
+            lines.append("  equal function was NOT checked: the model was not run")
         else:
             lines.append(
                 f"  equal function: max|Δ| = {self.proof.max_abs_diff:.2e}, {self.proof.relative_diff:.1e} of the "

@@ -4,8 +4,10 @@ Every metric is one definition over the group map. Weight metrics reduce the gro
 the activations of the modules that hold them.
 """
 
+import math
 import zlib
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +18,20 @@ from .processes import whole
 
 # Weights are reduced some rows at a time, so that their float64 copies stay in the processor's cache.
 _PIECE_BYTES = 2 << 20
+
+
+class Entries(Protocol):
+    """A tensor of three or more dimensions, or what can be read of one entry by entry."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """Its shape."""
+
+    def element_size(self) -> int:
+        """Bytes of an element."""
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """The entries of its first dimension."""
 
 
 @torch.no_grad()
@@ -51,23 +67,30 @@ def weight_scores(
         return {group.name: _random_scores(group, seed) for group in groups}
     if callable(metric):
         return {group.name: _custom_scores(group, tensors, metric) for group in groups}
-    power = {"l1": 1, "l2": 2}[metric]
+    groups, power = list(groups), {"l1": 1, "l2": 2}[metric]
+    wanted: dict[str, dict[tuple[int, bool], None]] = {}
+    for group in groups:
+        for member in group.scored_members:
+            wanted.setdefault(member.tensor, {})[member.dim, member.stacked] = None
     sums: dict[tuple[str, int, bool], Tensor] = {}
+    # Each tensor is asked for once: to read it may be costly.
+    for name, kinds in wanted.items():
+        tensor = whole(tensors[name])
+        for dim, stacked in kinds:
+            sums[name, dim, stacked] = channel_sums(tensor, dim, power, stacked=stacked)
+            if not bool(sums[name, dim, stacked].isfinite().all()):
+                check_finite({name: tensors[name]})
     scores = {}
     for group in groups:
         norms = []
         for member in group.scored_members:
-            key = (member.tensor, member.dim, member.stacked)
-            if key not in sums:
-                sums[key] = channel_sums(whole(tensors[member.tensor]), member.dim, power, stacked=member.stacked)
-                if not bool(sums[key].isfinite().all()):
-                    check_finite({member.tensor: tensors[member.tensor]})
-            norms.append(member.take_channels(sums[key], group).sum(-1) ** (1 / power))
+            own = sums[member.tensor, member.dim, member.stacked]
+            norms.append(member.take_channels(own, group).sum(-1) ** (1 / power))
         scores[group.name] = torch.stack(norms).mean(0)
     return scores
 
 
-def channel_sums(tensor: Tensor, dim: int, power: int, *, stacked: bool = False) -> Tensor:
+def channel_sums(tensor: Tensor | Entries, dim: int, power: int, *, stacked: bool = False) -> Tensor:
     """Sum of |w|^power over every dimension but `dim`, float64, on the CPU.
 
     Sums of float32 weights are exact in float64 unless they differ by many orders of magnitude, so they do not depend
@@ -84,12 +107,24 @@ def channel_sums(tensor: Tensor, dim: int, power: int, *, stacked: bool = False)
     """
     if stacked:
         return torch.stack([channel_sums(entry, dim - 1, power) for entry in tensor])
+    dim %= len(tensor.shape)
+    if has_large_entries(tensor):
+        if dim == 0:
+            return torch.stack([channel_sums(entry, 0, power).sum() for entry in tensor])
+        return torch.stack([channel_sums(entry, dim - 1, power) for entry in tensor]).sum(0)
+    if not isinstance(tensor, Tensor):
+        tensor = torch.stack(list(tensor))
     last = dim == tensor.dim() - 1
     matrix = tensor.flatten(0, -2) if last else tensor.movedim(dim, 0).flatten(1)
     rows = max(1, _PIECE_BYTES // (matrix.shape[1] * matrix.element_size()))
     pieces = (piece.to(torch.float64, copy=True) for piece in torch.split(matrix, rows))
     sums = [(piece.abs_() if power == 1 else piece.square_()).sum(0 if last else 1) for piece in pieces]
     return (torch.stack(sums).sum(0) if last else torch.cat(sums)).cpu()
+
+
+def has_large_entries(tensor: Tensor | Entries) -> bool:
+    """Whether a tensor is a stack whose entries are reduced one by one, so that it need not be held whole."""
+    return len(tensor.shape) > 2 and math.prod(tensor.shape[1:]) * tensor.element_size() >= _PIECE_BYTES
 
 
 def check_finite(tensors: Mapping[str, Tensor], seen: Collection[str] = ()) -> None:
@@ -108,7 +143,10 @@ def check_finite(tensors: Mapping[str, Tensor], seen: Collection[str] = ()) -> N
             raise _not_finite(name, place)
 
 
-def _first_not_finite(values: Tensor) -> int | None:
+def _first_not_finite(values: Tensor | Entries) -> int | None:
+    if not isinstance(values, Tensor):
+        size, found = math.prod(values.shape[1:]), map(_first_not_finite, values)
+        return next((entry * size + place for entry, place in enumerate(found) if place is not None), None)
     # A sum is cheap and finite unless a weight is not, or all are huge.
     if bool(values.sum().isfinite()):
         return None

@@ -14,21 +14,30 @@ _LARGEST = 1 << 24
 _OTHERS = re.compile(r"(.*/)?\.|_|runs/|(last-)?checkpoint(-\d+)?/")
 
 
-def write_sums(folder: str | os.PathLike[str], sums: Mapping[str, str] | None = None) -> Path:
+def write_sums(folder: str | os.PathLike[str], known: Mapping[str, str] | None = None) -> Path:
     """Write the sums of every file of a checkpoint beside them; see `files_of`.
 
     Args:
         folder: The folder.
-        sums: SHA-256 sums by path, for files that lie elsewhere; None takes those of the folder's files.
+        known: Sums that need not be taken again, by path inside the folder.
 
     Raises:
         CheckpointError: A file cannot be read, or has a name that the format cannot hold.
     """
-    folder = Path(folder)
-    if sums is None:
-        sums = {name: checkpoint.sha256_of(path) for name, path in files_of(folder).items()}
-    lines = [f"{sums[name]}  {_checked(name, folder)}\n" for name in sorted(sums)]
-    return checkpoint.write_text(folder / SUMS_NAME, "".join(lines))
+    known = known or {}
+    return write_list(
+        folder, {name: known.get(name) or checkpoint.sha256_of(p) for name, p in files_of(folder).items()}
+    )
+
+
+def write_list(folder: str | os.PathLike[str], sums: Mapping[str, str]) -> Path:
+    """Write given sums, which may be of files that lie elsewhere.
+
+    Raises:
+        CheckpointError: A name does not fit into the format.
+    """
+    lines = [f"{sums[name]}  {_checked(name, Path(folder))}\n" for name in sorted(sums)]
+    return checkpoint.write_text(Path(folder) / SUMS_NAME, "".join(lines))
 
 
 def renew_sums(folder: str | os.PathLike[str], names: Iterable[str]) -> None:
@@ -45,7 +54,7 @@ def renew_sums(folder: str | os.PathLike[str], names: Iterable[str]) -> None:
                 sums[name] = checkpoint.sha256_of(folder / name)
             else:
                 sums.pop(name, None)
-        write_sums(folder, sums)
+        write_list(folder, sums)
 
 
 def read_sums(path: str | os.PathLike[str]) -> dict[str, str]:

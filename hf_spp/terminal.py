@@ -4,7 +4,7 @@ import os
 import re
 import textwrap
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.filesize import decimal
 from rich.markup import escape
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -54,6 +55,15 @@ def working(text: str) -> Iterator[None]:
             yield
     else:
         yield
+
+
+@contextmanager
+def progress_bar(text: str) -> Iterator[Callable[[int, int], None]]:
+    """Show a bar of bytes during the block, on a terminal only; gives what is called with bytes done and in all."""
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err(), disable=not err().is_terminal, transient=True) as bar:
+        task = bar.add_task(escape(text), total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def show_places(places: Mapping[str, Sequence[object]]) -> None:

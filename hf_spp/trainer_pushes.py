@@ -12,7 +12,7 @@ from .cards.published_card import carry_over
 from .cards.width_section import keep_widths
 from .orders_file import ORDERS_NAME
 from .saving import replacing_checkpoint
-from .sums import files_of, write_sums
+from .sums import files_of, write_list, write_sums
 
 CARD_NAME = "README.md"
 # What Trainer copies from a checkpoint into the folder that it pushes, and what belongs to it.
@@ -48,7 +48,7 @@ def prepare_push(trainer: Trainer, saved: Path, render: Callable[[], str | None]
         with replacing_checkpoint(str(trainer.args.output_dir)) as folder:
             checkpoint.copy_missing(files, folder)
             # The card is not final yet.
-            write_sums(folder, {name: checkpoint.sha256_of(path) for name, path in files.items()})
+            write_list(folder, {name: checkpoint.sha256_of(path) for name, path in files.items()})
     vars(trainer)["create_model_card"] = CompletedCard(trainer, render)
 
 

@@ -91,12 +91,8 @@ def prepare(
     model: PreTrainedModel, config: SPPConfig | None = None, calibration: Iterable[Any] | None = None
 ) -> tuple[ChannelMap, SPPConfig]:
     """Settle what may be put in order, and how; see `apply_spp` for the errors."""
-    config = SPPConfig() if config is None else config
-    if not isinstance(config, SPPConfig):
-        raise SPPConfigError(f"config is {config!r}; an SPPConfig is needed. Give SPPConfig(metric='l1', …).")
-    groups = _select_axes(channel_groups(model), config, inner_model(model))
+    groups, config = select(model, config, calibration)
     check_writable(model)
-    config = _settle(config, groups, calibration)
     if config.needs_calibration and is_sharded(inner_model(model)):
         raise CalibrationError(
             f"Metric {config.metric!r} runs the plain model, and the weights of {type(inner_model(model)).__name__} "
@@ -104,6 +100,17 @@ def prepare(
             "apply_spp before the model is sharded."
         )
     return groups, config
+
+
+def select(
+    model: PreTrainedModel, config: SPPConfig | None = None, calibration: Iterable[Any] | None = None
+) -> tuple[ChannelMap, SPPConfig]:
+    """Settle what of a model may be put in order, and how, also where its weights hold no values."""
+    config = SPPConfig() if config is None else config
+    if not isinstance(config, SPPConfig):
+        raise SPPConfigError(f"config is {config!r}; an SPPConfig is needed. Give SPPConfig(metric='l1', …).")
+    groups = _select_axes(channel_groups(model), config, inner_model(model))
+    return groups, _settle(config, groups, calibration)
 
 
 def plan(
@@ -152,8 +159,8 @@ def carry_out(
         witness: The model's outputs before, None to leave out the proof.
         others: Finds what moves along, such as optimizer states, before anything is moved.
     """
-    config, groups, orders = planned.config, planned.groups, planned.orders
-    indices = gather_indices(groups, orders, {name: one.shape for name, one in named_tensors(model).items()})
+    config, orders = planned.config, planned.orders
+    indices = gather_indices(planned.groups, orders, {name: one.shape for name, one in named_tensors(model).items()})
     along = {} if others is None else dict(others(indices))
     history = history_of(model) or ()
     gather_model(model, indices, others=along)
@@ -161,19 +168,7 @@ def carry_out(
     try:
         tolerance = None if witness is None else config.tolerance or default_tolerance(inner)
         proof = None if witness is None else _prove(model, witness, orders, indices, config, tolerance or 0.0)
-        reordering = Reordering(
-            config,
-            orders,
-            {name: values.float() for name, values in planned.scores.items()},
-            groups,
-            groups.refused,
-            proof,
-            tolerance,
-            model_type_of(inner),
-            plain_class(inner).__name__,
-            str(next(inner.parameters()).dtype).removeprefix("torch."),
-            _versions(),
-        )
+        reordering = describe(inner, planned, next(inner.parameters()).dtype, proof, tolerance)
         remember(model, (*history, reordering))
     except BaseException:
         gather_model(model, invert_indices(indices), others=invert_moves(along))
@@ -185,6 +180,29 @@ def carry_out(
             "Give example_inputs that reach them."
         )
     return reordering
+
+
+def describe(
+    model: PreTrainedModel,
+    planned: Plan,
+    dtype: torch.dtype,
+    proof: Proof | None = None,
+    tolerance: float | None = None,
+) -> Reordering:
+    """What a plan does to a model, for the record."""
+    return Reordering(
+        planned.config,
+        planned.orders,
+        {name: values.float() for name, values in planned.scores.items()},
+        planned.groups,
+        planned.groups.refused,
+        proof,
+        tolerance,
+        model_type_of(model),
+        plain_class(model).__name__,
+        str(dtype).removeprefix("torch."),
+        _versions(),
+    )
 
 
 def _select_axes(groups: ChannelMap, config: SPPConfig, model: PreTrainedModel) -> ChannelMap:
