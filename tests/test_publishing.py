@@ -25,13 +25,13 @@ needs_xet = pytest.mark.skipif(importlib.util.find_spec("hf_xet") is None, reaso
 WAYS = [False, pytest.param(True, marks=needs_xet)]
 
 
-def make(folder, seed, rows=()):
+def make(folder, seed, **sizes):
     """A reordered checkpoint with weights of its own."""
     torch.manual_seed(seed)
-    model = build_model("vit")
+    model = build_model("vit", **sizes)
     reordering = apply_spp(model, SPPConfig(metric="random", seed=seed))
     folder.mkdir(parents=True)
-    write_checkpoint(folder, model, reordering, rows=rows)
+    write_checkpoint(folder, model, reordering)
     return folder
 
 
