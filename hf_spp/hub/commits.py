@@ -3,16 +3,18 @@
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import huggingface_hub
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError
 from transformers.utils import logging
 
 from .. import checkpoint
 from ..errors import HubError
 from .failures import explained
+from .files import forget_file
 from .retries import DELAYS, is_passing, retried, status_of
 
 logger = logging.get_logger(__name__)
@@ -46,13 +48,20 @@ class Head:
         if path not in self.digests:
             return None
         with explained(self.repo_id, self.commit, f"file {path!r}"):
-            try:
-                found = retried(
-                    lambda: huggingface_hub.hf_hub_download(self.repo_id, path, revision=self.commit, token=self.token)
-                )
-            except EntryNotFoundError:
-                return None
-            return checkpoint.read_bytes(found)
+            for again in (False, True):
+                found = Path(retried(partial(self._download, path, again=again)))
+                if _has_digest(found, self.digests[path]):
+                    return checkpoint.read_bytes(found)
+            forget_file(found)
+            raise HubError(
+                f"The file {path!r} of {self.repo_id!r} arrived twice with other bytes than the Hub says. Accepted: "
+                "the file as it was pushed. Try again later."
+            )
+
+    def _download(self, path: str, *, again: bool) -> str:
+        return huggingface_hub.hf_hub_download(
+            self.repo_id, path, revision=self.commit, token=self.token, force_download=again
+        )
 
 
 @dataclass(frozen=True)
@@ -78,10 +87,7 @@ class Change:
         return self.removed.isdisjoint(head.digests) and not self.missing(head)
 
     def _is_held(self, digest: str | None, path: str) -> bool:
-        if digest is None:
-            return False
-        file = self.files[path]
-        return digest == (_git_id(file) if len(digest) == 40 else self.sums.get(path) or checkpoint.sha256_of(file))
+        return digest is not None and _has_digest(self.files[path], digest, self.sums.get(path))
 
 
 @dataclass(frozen=True)
@@ -215,6 +221,9 @@ def _head(api: HfApi, repo_id: str, revision: str) -> Head:
     return Head(repo_id, str(info.sha), digests, api.token)
 
 
-def _git_id(file: Path) -> str:
+def _has_digest(file: Path, digest: str, sha256: str | None = None) -> bool:
+    """Whether a file is the one that the Hub knows by a digest: a SHA-256 sum, or a git object id."""
+    if len(digest) == 64:
+        return digest == (sha256 or checkpoint.sha256_of(file))
     data = checkpoint.read_bytes(file)
-    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+    return digest == hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
