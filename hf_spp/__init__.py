@@ -41,11 +41,14 @@ if TYPE_CHECKING:
     from .streaming import reorder_checkpoint
     from .subnetworks import (
         ElasticTrainer,
+        ReadReport,
         SubnetworkSpec,
         extract_subnetwork,
         load_subnetwork,
+        plan_read,
         save_width,
         subnetwork_view,
+        write_prefix_layout,
     )
     from .transform import apply_spp
 
@@ -71,6 +74,7 @@ __all__ = [
     "OptimizerError",
     "OrdersError",
     "RanksDisagreeError",
+    "ReadReport",
     "Refusal",
     "Reordering",
     "SPPCallback",
@@ -89,12 +93,14 @@ __all__ = [
     "extract_subnetwork",
     "load_reordered",
     "load_subnetwork",
+    "plan_read",
     "push_to_hub",
     "register_architecture",
     "reorder_checkpoint",
     "save_width",
     "subnetwork_view",
     "width_report",
+    "write_prefix_layout",
 ]
 
 # What needs torch is imported when it is first used, so that the command line answers at once.
@@ -106,6 +112,7 @@ _HOMES = {
     "FeedForwardPattern": "architectures",
     "Member": "channels",
     "Refusal": "channels",
+    "ReadReport": "subnetworks",
     "Reordering": "reordering",
     "SPPCallback": "callback",
     "SPPConfig": "config",
@@ -117,12 +124,14 @@ _HOMES = {
     "extract_subnetwork": "subnetworks",
     "load_reordered": "conversion",
     "load_subnetwork": "subnetworks",
+    "plan_read": "subnetworks",
     "push_to_hub": "publishing",
     "register_architecture": "architectures",
     "reorder_checkpoint": "streaming",
     "save_width": "subnetworks",
     "subnetwork_view": "subnetworks",
     "width_report": "curves.measurement",
+    "write_prefix_layout": "subnetworks",
 }
 
 

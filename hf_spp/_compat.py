@@ -1,11 +1,13 @@
 """What depends on the version of transformers, huggingface_hub or torch, in one place."""
 
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from copy import deepcopy
+from copy import copy, deepcopy
 from typing import Any
 
 import huggingface_hub.errors
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -82,6 +84,48 @@ def converted(model: PreTrainedModel, stored: Mapping[str, Tensor]) -> tuple[dic
         results = converter.convert(name, model=model, config=model.config)
         made.update({key: one[0] if isinstance(one, list) else one for key, one in results.items()})
     return made, unused
+
+
+def computed_buffers(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The buffers of a model without values that no file holds, as `from_pretrained` computes them."""
+    found = {}
+    for path, module in model.named_modules():
+        names = [name for name in module._non_persistent_buffers_set if module._buffers.get(name) is not None]
+        if names:
+            # Weights stay on the meta device, where drawing them anew does nothing.
+            twin = copy(module)
+            buffers = {name: torch.zeros_like(module.get_buffer(name), device="cpu") for name in names}
+            vars(twin)["_buffers"] = {**module._buffers, **buffers}
+            initialize: Any = model._init_weights
+            initialize(twin)
+            found.update({f"{path}.{name}" if path else name: twin.get_buffer(name) for name in names})
+    return found
+
+
+def keeps_own_names(model: PreTrainedModel, names: Collection[str]) -> bool:
+    """Whether `from_pretrained` takes a model's own names for what they are, instead of converting them once more."""
+    traced = {name: torch.empty(0, device="meta") for name in names}
+    try:
+        made, unused = converted(model, traced)
+    # A conversion that takes such a name may refuse empty tensors in any way.
+    except Exception:
+        return False
+    return not unused and made.keys() == traced.keys() and all(made[name] is one for name, one in traced.items())
+
+
+def finish_loading(model: PreTrainedModel, folder: str | os.PathLike[str]) -> None:
+    """Do to a model from a state dict what else `from_pretrained` does with a local folder.
+
+    It takes the generation config from there, and saves with the names that its class has in files.
+    """
+    if model.can_generate() and hasattr(model, "adjust_generation_fn"):
+        adjust: Any = model.adjust_generation_fn
+        adjust(
+            None, False, None, folder, cache_dir=None, force_download=False, proxies=None, local_files_only=True,
+            token=None, revision=None, subfolder="", trust_remote_code=False,
+        )  # fmt: skip
+    # Nothing was converted, which transformers would take for a model whose files hold names as in memory.
+    vars(model).pop("_weight_conversions", None)
 
 
 @contextmanager

@@ -124,6 +124,26 @@ def read_bytes(path: PathLike) -> bytes:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}. Check the path.") from error
 
 
+def read_into(path: PathLike, start: int, out: memoryview) -> None:
+    """Fill a buffer with a file's bytes from `start` on.
+
+    Raises:
+        CheckpointError: The file is missing, too short, or cannot be read.
+    """
+    filled = 0
+    try:
+        with open(path, "rb", buffering=0) as file:
+            file.seek(start)
+            while filled < len(out) and (count := file.readinto(out[filled:])):
+                filled += count
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}. Check the path.") from error
+    if filled < len(out):
+        raise CheckpointError(
+            f"{path} ends at byte {start + filled}, and {start + len(out)} are needed. Download or save it again."
+        )
+
+
 def read_pieces(path: PathLike) -> Iterator[bytes]:
     """Read a file piece by piece.
 

@@ -1,7 +1,8 @@
 """Pretrained models as their config describes them: the class, the weights, and the files that lie beside them."""
 
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,15 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 from transformers.utils import logging
 
 from . import hub
-from .errors import CheckpointError, HubError, SPPConfigError, UnsupportedArchitectureError, UnsupportedModelError
+from ._compat import finish_loading
+from .errors import (
+    CheckpointError,
+    HubError,
+    SPPConfigError,
+    SPPError,
+    UnsupportedArchitectureError,
+    UnsupportedModelError,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -108,18 +117,77 @@ def load_model(source: str | os.PathLike[str], dtype: str = "auto", *, cls: Any 
         UnsupportedModelError: The checkpoint is quantized.
         CheckpointError: The weights are missing, damaged, or do not fit the config.
     """
-    if dtype not in DTYPES:
-        raise SPPConfigError(f"dtype {dtype!r} is unknown. Accepted: {', '.join(DTYPES)}. Use float32 if in doubt.")
+    check_dtype(dtype)
     config = load_config(source)
     refuse_quantized(config, source)
-    cls = model_class(config) if cls is None else cls
+    return _loaded(model_class(config) if cls is None else cls, source, config, dtype, {"use_safetensors": True})
+
+
+def fill_model(
+    cls: Any,
+    config: PreTrainedConfig,
+    state: Mapping[str, Any],
+    source: str | os.PathLike[str],
+    folder: str | os.PathLike[str],
+    dtype: str = "auto",
+    unused: Sequence[str] = (),
+) -> PreTrainedModel:
+    """Make a model of a config and fill it, as `load_model` does with files.
+
+    Args:
+        cls: The model's class.
+        config: Its config.
+        state: Tensors, or what is read when it is indexed with `...`, by their name in the model.
+        source: The folder or Hub id that they come from.
+        folder: Where its small files lie.
+        dtype: As for `load_model`.
+        unused: Names of tensors in the files that the model does not take.
+
+    Raises:
+        SPPConfigError: The dtype is unknown.
+        CheckpointError: The tensors do not fit the config, or cannot be read.
+    """
+    check_dtype(dtype)
+    model = _loaded(cls, source, config, dtype, {"state_dict": dict(state)})
+    with quiet_transformers():
+        finish_loading(model, folder)
+    name_source(model, source)
+    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    left = [name for name in unused if not any(re.search(pattern, name) for pattern in ignored)]
+    warn_names(left, f"weights of {os.fspath(source)} are not used by {cls.__name__} and left out")
+    return model
+
+
+def name_source(model: PreTrainedModel, source: str | os.PathLike[str]) -> None:
+    """Note on a model which folder or Hub id it was loaded from."""
+    model.config.name_or_path = os.fspath(source)
+    for module in model.modules():
+        # Parts with a config of their own come from nowhere.
+        if isinstance(module, PreTrainedModel) and module.name_or_path:
+            module.name_or_path = os.fspath(source)
+
+
+def check_dtype(dtype: str) -> None:
+    """Refuse an unknown dtype.
+
+    Raises:
+        SPPConfigError: It is none of `DTYPES`.
+    """
+    if dtype not in DTYPES:
+        raise SPPConfigError(f"dtype {dtype!r} is unknown. Accepted: {', '.join(DTYPES)}. Use float32 if in doubt.")
+
+
+def _loaded(
+    cls: Any, source: str | os.PathLike[str], config: PreTrainedConfig, dtype: str, options: Mapping[str, Any]
+) -> PreTrainedModel:
     wanted = dtype if dtype == "auto" else getattr(torch, dtype)
+    name = None if "state_dict" in options else source
     try:
         with quiet_transformers():
-            loaded, report = cls.from_pretrained(
-                source, config=config, dtype=wanted, use_safetensors=True, output_loading_info=True
-            )
+            loaded, report = cls.from_pretrained(name, config=config, dtype=wanted, output_loading_info=True, **options)
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        if isinstance(error, SPPError):
+            raise
         raise CheckpointError(
             f"The weights of {os.fspath(source)!r} cannot be loaded into {cls.__name__}: {_first_line(error)} "
             "Accepted: whole safetensors weights that fit config.json. Download or save the model again."

@@ -130,13 +130,13 @@ def stored_names(model: PreTrainedModel, shapes: Mapping[str, Sequence[int]]) ->
                 f"{type(model).__name__} is {list(own[name].shape)}. The weights do not fit config.json; download or "
                 "save the model again."
             )
-    shared = _shared(model)
+    shared = shared_names(model)
     held = {shared.get(name, name) for name in layouts}
     missing = tuple(name for name in own if shared.get(name, name) not in held)
     return StoredNames(layouts, shared, tuple(unused), missing)
 
 
-def _shared(model: PreTrainedModel) -> dict[str, str]:
+def shared_names(model: PreTrainedModel) -> dict[str, str]:
     """The first name of each tied tensor, by its further names."""
     first: dict[int, str] = {}
     named: Iterable[tuple[str, Tensor]] = (

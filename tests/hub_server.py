@@ -882,7 +882,9 @@ class Server:
     @_route("storage", "GET|HEAD", "/contents/{hash}")
     def _download(self, request: Request, hash: str) -> Answer:
         self._check_signature(request)
-        return _ranged(request, self._content({"sha256": hash}), {"ETag": f'"{hash}"'})
+        path = self.folder / "contents" / hash
+        content = path if path.exists() else self._content({"sha256": hash})
+        return _ranged(request, content, {"ETag": f'"{hash}"'})
 
     def _check_signature(self, request: Request) -> None:
         if not hmac.compare_digest(request.query.get("signature", ""), self._signature(request.path)):
@@ -1101,13 +1103,20 @@ def _span(header: str | None, size: int) -> tuple[int, int] | None:
     return start, end
 
 
-def _ranged(request: Request, content: bytes, headers: Mapping[str, str]) -> Answer:
-    span = _span(request.headers.get("Range"), len(content))
+def _ranged(request: Request, content: bytes | Path, headers: Mapping[str, str]) -> Answer:
+    size = len(content) if isinstance(content, bytes) else content.stat().st_size
+    span = _span(request.headers.get("Range"), size)
     headers = {"Content-Type": "application/octet-stream", "Accept-Ranges": "bytes", **headers}
+    start, end = span or (0, size - 1)
+    if isinstance(content, bytes):
+        body = content[start : end + 1]
+    else:
+        with content.open("rb") as file:
+            file.seek(start)
+            body = file.read(end + 1 - start)
     if span is None:
-        return Answer(200, content, headers)
-    start, end = span
-    return Answer(206, content[start : end + 1], {**headers, "Content-Range": f"bytes {start}-{end}/{len(content)}"})
+        return Answer(200, body, headers)
+    return Answer(206, body, {**headers, "Content-Range": f"bytes {start}-{end}/{size}"})
 
 
 # --- files and formats -----------------------------------------------------------------------------------------------

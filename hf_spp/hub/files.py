@@ -43,12 +43,7 @@ def resolve_file(
         CheckpointError: The local folder lacks the file, or the file name leaves the folder.
         HubError: The repository, revision or file does not exist, needs access rights, or cannot be reached.
     """
-    inside = PurePosixPath(filename)
-    if inside.is_absolute() or ".." in inside.parts or not inside.parts:
-        raise CheckpointError(
-            f"File name {filename!r} does not stay inside {os.fspath(repo_or_dir)!r}. "
-            "Accepted: a relative path without '..'. Correct the name, or the index file that holds it."
-        )
+    check_inside(repo_or_dir, filename)
     folder = Path(repo_or_dir).expanduser()
     if folder.is_dir():
         return _file_in_folder(folder, filename)
@@ -58,6 +53,20 @@ def resolve_file(
             lambda: huggingface_hub.hf_hub_download(repo, filename, revision=revision, token=token, cache_dir=cache)
         )
         return Path(found)
+
+
+def check_inside(repo_or_dir: str | os.PathLike[str], filename: str) -> None:
+    """Refuse a file name that leaves the folder or repository.
+
+    Raises:
+        CheckpointError: It is absolute, empty, or climbs out.
+    """
+    inside = PurePosixPath(filename)
+    if inside.is_absolute() or ".." in inside.parts or not inside.parts:
+        raise CheckpointError(
+            f"File name {filename!r} does not stay inside {os.fspath(repo_or_dir)!r}. "
+            "Accepted: a relative path without '..'. Correct the name, or the index file that holds it."
+        )
 
 
 def _file_in_folder(folder: Path, filename: str) -> Path:
@@ -180,3 +189,24 @@ def forget_file(path: Path) -> None:
     """Remove a damaged file from the Hugging Face cache, so that nobody loads it."""
     path.resolve().unlink(missing_ok=True)
     path.unlink(missing_ok=True)
+
+
+def list_files(
+    repo_or_dir: str | os.PathLike[str], revision: str | None = None, token: str | bool | None = None
+) -> list[str]:
+    """Paths of all files of a local folder or a Hub repository.
+
+    Args:
+        repo_or_dir: A local folder, or a repository id such as `"user/model"`.
+        revision: Branch, tag or commit of the repository. Not used for a local folder.
+        token: Hub token, `True` for the stored one, `False` for none.
+
+    Raises:
+        HubError: The repository cannot be read.
+    """
+    folder = Path(repo_or_dir).expanduser()
+    if folder.is_dir():
+        return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    repo = os.fspath(repo_or_dir)
+    with explained(repo, revision, "list of files"):
+        return sorted(retried(lambda: huggingface_hub.list_repo_files(repo, revision=revision, token=token)))

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from transformers.utils import logging
 
 from .._compat import CONNECTION_ERRORS
@@ -46,7 +46,7 @@ def is_passing(error: BaseException) -> bool:
 def is_unreachable(error: BaseException) -> bool:
     """Whether an error of the client means that there is no way to the Hub, so that another try is not worth it."""
     # The class is that of httpx or httpx2, by version.
-    return type(error).__name__ == "ConnectError"
+    return isinstance(error, OfflineModeIsEnabled) or type(error).__name__ == "ConnectError"
 
 
 def status_of(error: BaseException) -> int | None:

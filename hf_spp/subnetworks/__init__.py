@@ -2,7 +2,19 @@
 
 from .elastic import ElasticTrainer
 from .extraction import extract_subnetwork, subnetwork_view
-from .loading import load_subnetwork, save_width
+from .loading import load_subnetwork, plan_read, save_width
+from .prefix_layout import write_prefix_layout
+from .reading import ReadReport
 from .spec import SubnetworkSpec
 
-__all__ = ["ElasticTrainer", "SubnetworkSpec", "extract_subnetwork", "load_subnetwork", "save_width", "subnetwork_view"]
+__all__ = [
+    "ElasticTrainer",
+    "ReadReport",
+    "SubnetworkSpec",
+    "extract_subnetwork",
+    "load_subnetwork",
+    "plan_read",
+    "save_width",
+    "subnetwork_view",
+    "write_prefix_layout",
+]

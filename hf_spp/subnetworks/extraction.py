@@ -24,7 +24,7 @@ from .costs import tensors_of
 from .edits import Edits, check_experts, find_edits, narrowed_model
 from .record import SubnetworkRecord, note_record, record_of
 from .spec import SubnetworkSpec, known_reordering
-from .stock import query_factors, stock_model
+from .stock import StockModel, query_factors, stock_model
 from .widths import Kept, Widths, kept_places, narrowed
 
 logger = logging.get_logger(__name__)
@@ -65,18 +65,14 @@ def extract_subnetwork(
         UnsupportedModelError: The model is quantized, or its weights hold no values.
     """
     batches = _batches(calibration, compensate)
-    groups, widths = _settle(model, spec, allow_unordered)
+    groups, widths = settle(model, spec, allow_unordered)
     check_writable(model)
     small, kept, reason = cut_out(model, groups, widths)
     compensated: tuple[str, ...] = ()
     if batches is not None and widths:
         compensated = refit(model, small, groups, widths, kept, batches)
-    elif norms := _norms_over(model, groups, widths):
-        logger.warning(
-            f"{', '.join(norms)} of {type(model).__name__} computes statistics over the channels that are cut, so the "
-            "slice is not quite what the model computes without these channels. Give calibration data to make up for "
-            "that."
-        )
+    else:
+        warn_of_norms(model, groups, widths)
     note_record(small, SubnetworkRecord(spec, widths, type(small).__name__, reason, compensated))
     return small
 
@@ -128,12 +124,12 @@ def _known(model: Any) -> _Known:
 def _view_edits(model: Any, spec: SubnetworkSpec, allow_unordered: bool) -> Edits:
     known, key = _known(model), repr(spec)
     if key not in known.edits:
-        groups, widths = _settle(model, spec, allow_unordered)
+        groups, widths = settle(model, spec, allow_unordered)
         known.edits[key] = find_edits(model, groups, widths)
     return known.edits[key]
 
 
-def _settle(model: Any, spec: SubnetworkSpec, allow_unordered: bool) -> tuple[ChannelMap, dict[str, int]]:
+def settle(model: Any, spec: SubnetworkSpec, allow_unordered: bool) -> tuple[ChannelMap, dict[str, int]]:
     """The groups of a model and the widths of a spec there, once the model may be cut."""
     if not isinstance(spec, SubnetworkSpec):
         raise SubnetworkError(f"spec is {spec!r}; a SubnetworkSpec is needed. Give SubnetworkSpec(ffn=0.5, heads=0.5).")
@@ -157,6 +153,16 @@ def _settle(model: Any, spec: SubnetworkSpec, allow_unordered: bool) -> tuple[Ch
             stacklevel=4,
         )
     return groups, widths
+
+
+def warn_of_norms(model: Any, groups: ChannelMap, widths: Widths) -> None:
+    """Say where a slice that is not compensated computes other statistics than the masked model."""
+    if norms := _norms_over(model, groups, widths):
+        logger.warning(
+            f"{', '.join(norms)} of {type(model).__name__} computes statistics over the channels that are cut, so the "
+            "slice is not quite what the model computes without these channels. Give calibration data to make up for "
+            "that."
+        )
 
 
 def _norms_over(model: Any, groups: ChannelMap, widths: Widths) -> list[str]:
@@ -225,17 +231,69 @@ def cut_out(model: Any, groups: ChannelMap, widths: Widths) -> tuple[Any, Kept, 
         small = copy.deepcopy(model, {**pieces, **_left_behind(model)})
         edits.write_attributes(small)
         return small, edits.kept, found
-    small = found.model
-    shapes = {name: tensor.shape for name, tensor in tensors_of(model).items()}
-    kept = kept_places(groups, widths, shapes)
-    _fill(small, model, kept)
-    if found.query_scale is not None:
-        lengths = {name: shape[0] for name, shape in shapes.items() if shape}
-        for name, factor in query_factors(groups, widths, found.query_scale, lengths).items():
-            tensor = tensors_of(small)[name]
-            rows = factor[kept[name][0]].to(tensor)
-            tensor.mul_(rows.reshape(-1, *[1] * (tensor.dim() - 1)))
-    return small, kept, None
+    kept = kept_places(groups, widths, _shapes_of(model))
+    _fill(found.model, model, kept)
+    scale_queries(found.model, _query_scales(model, groups, widths, found, kept))
+    return found.model, kept, None
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What a cut makes of a model whose weights need not be loaded.
+
+    Attributes:
+        config: The config of the smaller model.
+        kept: Places that stay, by name and dimension of every tensor that gets shorter.
+        reason: Why no stock config states it, None where `config` does.
+        edits: What changes in the model where no stock config states it.
+        scales: Factors of the rows of tensors that write queries, after they are cut.
+    """
+
+    config: Any
+    kept: Kept
+    reason: str | None
+    edits: Edits | None
+    scales: Mapping[str, Tensor]
+
+
+def plan_cut(model: Any, groups: ChannelMap, widths: Widths) -> Cut:
+    """What `cut_out` does to a model, which may lie on the meta device.
+
+    Args:
+        model: The plain model.
+        groups: Its channel groups.
+        widths: Channels kept in each block, by name of the groups that are cut.
+
+    Raises:
+        SubnetworkError: A module computes with its parameters in a way that the cut would break.
+    """
+    check_experts(model, groups, widths)
+    found = stock_model(model, groups, widths)
+    if isinstance(found, str):
+        edits = find_edits(model, groups, widths)
+        return Cut(model.config, edits.kept, found, edits, {})
+    kept = kept_places(groups, widths, _shapes_of(model))
+    return Cut(found.model.config, kept, None, None, _query_scales(model, groups, widths, found, kept))
+
+
+@torch.no_grad()
+def scale_queries(small: Any, scales: Mapping[str, Tensor]) -> None:
+    """Multiply the rows that write queries, so that scores are scaled as before the cut."""
+    for name, rows in scales.items():
+        tensor = tensors_of(small)[name]
+        tensor.mul_(rows.to(tensor).reshape(-1, *[1] * (tensor.dim() - 1)))
+
+
+def _query_scales(model: Any, groups: ChannelMap, widths: Widths, found: StockModel, kept: Kept) -> dict[str, Tensor]:
+    if found.query_scale is None:
+        return {}
+    lengths = {name: shape[0] for name, shape in _shapes_of(model).items() if shape}
+    factors = query_factors(groups, widths, found.query_scale, lengths)
+    return {name: factor[kept[name][0]] for name, factor in factors.items()}
+
+
+def _shapes_of(model: Any) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in tensors_of(model).items()}
 
 
 def _left_behind(model: Any) -> dict[int, Any]:

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from .._compat import computed_buffers
 from ..architectures.index import code_names
 from ..channels import ChannelGroup, ChannelMap, Member
 from .edits import IN_HEAD
-from .widths import Kept, Widths, cut_of, kept_places
+from .widths import Kept, Widths, cut_of, kept_places, narrowed
 
 # What configs call the sizes that a cut changes.
 _FIELDS = {
@@ -71,7 +72,7 @@ def stock_model(model: Any, groups: ChannelMap, widths: Widths) -> StockModel | 
     except Exception as error:  # whatever a config or a constructor raises only means that sizes do not fit
         reason = f"{type(model.config).__name__} does not take these sizes: {' '.join(str(error).split())}"
     else:
-        reason = _difference(small, tensors, kept)
+        reason = _difference(small, tensors, kept) or _other_buffers(model, small, groups, widths, kept)
         if not reason:
             return StockModel(small, _query_scale(model, small, groups, widths))
     return _difference_of_layers(groups, widths) or reason
@@ -207,6 +208,23 @@ def _set(config: Any, what: str, before: int, after: int) -> bool:
             setattr(config, name, after)
             found = True
     return found
+
+
+def _other_buffers(model: Any, small: Any, groups: ChannelMap, widths: Widths, kept: Kept) -> str:
+    """The first buffer that a smaller model computes in another way than the cut leaves it, nothing if all agree.
+
+    They depend on the sizes of the residual stream and of heads: factors of embeddings, frequencies.
+    """
+    if not any(group.axis in ("hidden", *IN_HEAD) for group in groups if group.name in widths):
+        return ""
+    build: Callable[..., PreTrainedModel] = type(model)._from_config
+    with torch.device("meta"):
+        empty = build(copy.deepcopy(model.config), dtype=model.dtype)
+    whole = computed_buffers(empty)
+    for name, values in computed_buffers(small).items():
+        if not torch.equal(narrowed(whole[name], kept.get(name, {})), values):
+            return f"{type(small).__name__} computes {name} from its sizes, and this cut leaves it"
+    return ""
 
 
 def _difference(small: nn.Module, tensors: Mapping[str, Tensor], kept: Kept) -> str:

@@ -25,8 +25,8 @@ def cut_of(group: ChannelGroup) -> str:
 
 
 def default_multiple(cut: str, device: torch.device) -> int:
-    """The number that widths of a cut should be multiples of on a device."""
-    return (_MULTIPLE if device.type == "cpu" else _ACCELERATOR_MULTIPLE).get(cut, 1)
+    """The number that widths of a cut should be multiples of on a device; that of no values counts as the CPU."""
+    return (_MULTIPLE if device.type in ("cpu", "meta") else _ACCELERATOR_MULTIPLE).get(cut, 1)
 
 
 def steps_of(group: ChannelGroup, multiple: int) -> list[int]:
