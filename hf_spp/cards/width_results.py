@@ -10,6 +10,7 @@ from .. import checkpoint
 from ..config import check_format_version
 from ..errors import CheckpointError
 from ..sums import renew_sums
+from .markdown import plain
 from .results import FORMAT_VERSION, RESULTS_NAME
 from .width_plots import quality_curve
 from .width_rows import ROW_KEYS, metrics_caption, width_table
@@ -39,7 +40,8 @@ class WidthReport:
 
     def to_markdown(self) -> str:
         """Cost and quality as a Markdown table, a line per width and a column per kind of cut, and how measured."""
-        parts = [f"{metrics_caption(self.rows)}.", width_table(self.rows), *measured_how(self.rows, self.settings)]
+        caption = f"{plain(metrics_caption(self.rows))}."
+        parts = [caption, width_table(self.rows), *measured_how(self.rows, self.settings)]
         return "\n\n".join(part for part in parts if part) + "\n"
 
     def plots(self) -> dict[str, bytes]:

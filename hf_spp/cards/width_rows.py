@@ -4,6 +4,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from .markdown import Markdown
 from .result_rows import markdown_table, unique
 
 Row = Mapping[str, Any]
@@ -39,7 +40,7 @@ def metrics_caption(rows: Sequence[Row]) -> str:
     return _capital(" / ".join(f"{METRIC_NAMES.get(name, name)}{', %' * (name in PERCENT)}" for name in names))
 
 
-def width_table(rows: Sequence[Row]) -> str:
+def width_table(rows: Sequence[Row]) -> Markdown:
     """The rows as a Markdown table; see `width_cells`."""
     header, body, labels = width_cells(rows)
     return markdown_table(header, body, left=labels)

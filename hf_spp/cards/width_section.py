@@ -2,11 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from typing import Any
-from urllib.parse import quote
 
 from .card_sections import find_section, replace_section
+from .markdown import plain, url
 from .model_card import SECTION_END
-from .result_rows import plain, unique
+from .result_rows import unique
 from .width_rows import Row, metrics_caption, width_table
 
 WIDTHS_START = "<!-- hf_spp widths:start -->"
@@ -26,7 +26,7 @@ def width_section(rows: Sequence[Row], settings: Mapping[str, Any], plots: Mappi
         "## Widths",
         _introduction(rows, settings),
         width_table(rows),
-        *(f"![{plain(caption)}]({quote(path, safe='/')})" for caption, path in plots.items()),
+        *(f"![{plain(caption)}]({url(path)})" for caption, path in plots.items()),
         *measured_how(rows, settings),
         WIDTHS_END,
     ]
@@ -93,5 +93,5 @@ def _introduction(rows: Sequence[Row], settings: Mapping[str, Any]) -> str:
     }.get(tuple(stock), "")
     return (
         "Smaller networks made of the first channels of each axis, cut out and measured as they are, without training, "
-        f"on {settings['samples']:,} examples{data}. {metrics_caption(rows)}.{given} {loads}"
+        f"on {settings['samples']:,} examples{data}. {plain(metrics_caption(rows))}.{given} {loads}"
     ).rstrip()
