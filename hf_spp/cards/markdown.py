@@ -31,10 +31,9 @@ def plain(value: object) -> Markdown:
         return value
     words = _words(value)
     written = [_code(word) if _ADDRESS.search(word) else _MARK.sub(_escaped, word) for word in words]
-    if words and (opening := _OPENING.match(words[0])):
-        # The start of the word has no other mark in it.
+    if words and (opening := _OPENING.match(words[0])) and not _ADDRESS.search(words[0]):
         place = opening.end() if opening[0].isdigit() else 0
-        written[0] = written[0] if written[0].startswith("`") else f"{written[0][:place]}\\{written[0][place:]}"
+        written[0] = f"{written[0][:place]}\\{written[0][place:]}"
     if len(words) > 1 and not words[-1].strip("#"):
         written[-1] = f"\\{words[-1]}"
     return Markdown(" ".join(written))
@@ -42,9 +41,7 @@ def plain(value: object) -> Markdown:
 
 def code(value: object) -> Markdown:
     """A code span on one line, also as a cell of a table; an empty string shows as two quotes."""
-    text = " ".join(_words(value)) or '""'
-    # No parser of tables agrees with another about a backslash before an escaped border.
-    return plain(text) if "\\|" in text else Markdown(_code(text))
+    return Markdown(_code(" ".join(_words(value)) or '""'))
 
 
 def url(path: str) -> Markdown:
@@ -67,9 +64,14 @@ def _words(value: object) -> list[str]:
 
 
 def _code(text: str) -> str:
+    # Parsers of tables disagree about a backslash before a border, so that stands outside of the code.
+    return "&#92;\\|".join(_span(part) if part else "" for part in text.split("\\|"))
+
+
+def _span(text: str) -> str:
     fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
-    inside = f" {text} " if text[0] == "`" or text[-1] == "`" else text
-    return fence + inside.replace("|", "\\|") + fence
+    padded = text[0] == "`" or text[-1] == "`" or text[0] == text[-1] == " "
+    return fence + (f" {text} " if padded else text).replace("|", "\\|") + fence
 
 
 def _escaped(mark: re.Match[str]) -> str:
