@@ -9,12 +9,18 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from . import hub
-from .errors import CheckpointError, HubError, SPPConfigError, UnsupportedArchitectureError, UnsupportedModelError
+from .errors import (
+    CheckpointError,
+    HubError,
+    SPPConfigError,
+    SPPError,
+    UnsupportedArchitectureError,
+    UnsupportedModelError,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -79,15 +85,15 @@ def load_config(source: str | os.PathLike[str]) -> PreTrainedConfig:
             f"{_first_line(error)} Accepted: models of transformers itself; code from a repo is not run. "
             "Upgrade transformers, or choose another model."
         ) from error
-    except OSError as error:
-        if Path(name).is_dir():
-            raise CheckpointError(
-                f"Folder {name!r} has no readable config.json: {_first_line(error)} Accepted: a folder written by "
-                "save_pretrained. Check the path, or save the model there again."
+    except Exception as error:  # what transformers raises on a value of a config that it does not expect is of any kind
+        if isinstance(error, OSError) and not Path(name).is_dir():
+            raise HubError(
+                f"Model {name!r} is no folder here, and was not loaded from the Hub: {_first_line(error)} Accepted: an "
+                "existing folder, or a Hub id that can be reached. Check the spelling and the network."
             ) from error
-        raise HubError(
-            f"Model {name!r} is no folder here, and was not loaded from the Hub: {_first_line(error)} Accepted: an "
-            "existing folder, or a Hub id that can be reached. Check the spelling and the network."
+        raise CheckpointError(
+            f"{name!r} has no readable config.json: {_first_line(error)} Accepted: what save_pretrained wrote. Check "
+            "the path, or save the model there again."
         ) from error
     return config
 
@@ -119,7 +125,9 @@ def load_model(source: str | os.PathLike[str], dtype: str = "auto", *, cls: Any 
             loaded, report = cls.from_pretrained(
                 source, config=config, dtype=wanted, use_safetensors=True, output_loading_info=True
             )
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+    except SPPError:
+        raise
+    except Exception as error:  # a config builds a model of any kind, which fails in any way where a value is odd
         raise CheckpointError(
             f"The weights of {os.fspath(source)!r} cannot be loaded into {cls.__name__}: {_first_line(error)} "
             "Accepted: whole safetensors weights that fit config.json. Download or save the model again."

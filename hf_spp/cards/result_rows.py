@@ -257,7 +257,8 @@ def science(value: float) -> str:
 
 def unique(values: Iterable[Any]) -> list[Any]:
     """The values without repetitions, in order of first appearance."""
-    return list(dict.fromkeys(values))
+    # A header that somebody else wrote may list what has no hash.
+    return list({repr(value): value for value in values}.values())
 
 
 def _score_cell(rows: Sequence[Row]) -> str:

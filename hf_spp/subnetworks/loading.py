@@ -28,6 +28,7 @@ from .record import RECORD_NAME, SubnetworkRecord, note_record, record_of
 from .spec import SubnetworkSpec
 
 WIDTHS_FOLDER = "spp_widths"
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -161,10 +162,9 @@ def _cut_in_place(model: nn.Module, record: SubnetworkRecord) -> None:
 def _load_published(source: str | os.PathLike[str], path: Path, dtype: str) -> Any:
     name = f"{WIDTHS_FOLDER}/{path.name}"
     tensors, metadata = checkpoint.unpack_tensors(checkpoint.read_bytes(path), name)
-    try:
-        record = SubnetworkRecord.from_dict(json.loads(metadata.get("subnetwork", "")), name)
-    except ValueError as error:
-        raise CheckpointError(f"{name} does not say how wide it is ({error}). Save it again.") from error
+    if "subnetwork" not in metadata:
+        raise CheckpointError(f"{name} does not say how wide it is. Save it again.")
+    record = SubnetworkRecord.from_dict(checkpoint.parse_json(metadata["subnetwork"], f"The record of {name}"), name)
     model = load_model(source, dtype)
     groups = channel_groups(model)
     _check_widths(record, {group.name: group.size for group in groups}, name)
@@ -178,6 +178,7 @@ def _fill_in(small: Any, tensors: Mapping[str, Tensor], record: SubnetworkRecord
     own = tensors_of(small)
     for tensor in record.compensated:
         fits = tensor in tensors and tensor in own and tensors[tensor].shape == own[tensor].shape
+        fits = fits and tensors[tensor].dtype in _DTYPES
         if not fits or not bool(tensors[tensor].isfinite().all()):
             raise CheckpointError(f"{name} does not fit this checkpoint at {tensor}. Save the width again.")
         own[tensor].copy_(tensors[tensor])

@@ -1,0 +1,314 @@
+"""Damaged files: every reader gives a result or an `SPPError`, soon, in little memory, and writes nowhere else."""
+
+import contextlib
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import build_model
+from damage import damaged_bytes, damaged_json, damaged_tensors, joined_tensors, replaced, split_tensors
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_model_card import full_row
+from test_width_plots import rows as width_rows
+
+from hf_spp import (
+    Reordering,
+    SPPConfig,
+    SPPError,
+    SubnetworkSpec,
+    apply_spp,
+    checkpoint,
+    extract_subnetwork,
+    load_subnetwork,
+    save_width,
+)
+from hf_spp.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, write_adapter
+from hf_spp.cards.model_card import CardContent, license_of, render_card, update_card_with_evaluation
+from hf_spp.cards.reports import write_card
+from hf_spp.cards.results import RESULTS_NAME, ResultsFile, load_results
+from hf_spp.cards.width_results import WidthReport
+from hf_spp.cards.width_section import update_card_with_widths, width_section
+from hf_spp.loading import load_config, load_model
+from hf_spp.orders_file import ORDERS_NAME, _seal
+from hf_spp.stored_state import STATE_NAME, pack_text, read_state
+from hf_spp.subnetworks.record import RECORD_NAME, SubnetworkRecord
+from hf_spp.sums import SUMS_NAME, check_sums, write_sums
+
+SECONDS = 10
+CARD = """---
+license: apache-2.0
+language: en
+tags: &tags
+- one
+- "two: three"
+other: {a: [1, 2.5, no], b: *tags, date: 2024-01-01}
+model-index:
+- name: theirs
+  results:
+  - task: {type: image-classification}
+    dataset: {name: Theirs, type: theirs}
+    metrics:
+    - {type: accuracy, value: 0.5}
+---
+# A card
+
+Text.
+
+<!-- hf_spp:start -->
+old
+<!-- hf_spp:end -->
+"""
+
+
+@dataclass(frozen=True)
+class Files:
+    """Folders of whole files, and the model that they belong to."""
+
+    model: object
+    folder: Path
+    small: Path
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A reordered checkpoint with everything that this package writes or reads beside it, and a saved sub-network."""
+    root = tmp_path_factory.mktemp("whole")
+    folder, small = root / "folder", root / "small"
+    model = build_model("vit")
+    reordering = apply_spp(model, SPPConfig(metric="random"))
+    model.save_pretrained(folder, max_shard_size="8KB")
+    reordering.save_pretrained(folder)
+    spec = SubnetworkSpec(ffn=0.5, multiple_of=1)
+    spec.save(folder / "spec.json")
+    save_width(folder, "half", extract_subnetwork(model, spec))
+    extract_subnetwork(model, SubnetworkSpec(ffn=(8, 16), vo=4, multiple_of=1)).save_pretrained(small)
+    rows = [full_row("cifar-10", "original", 0.9, 0.8), full_row("cifar-10", "spp", 0.5, 0.25)]
+    shared = {"model": "a/b", "seed": 1, "recipe": {"image_size": None}, "config": None, "training_arguments": {"a": 1}}
+    described = {"datasets": {"cifar-10": {"kind": "image"}}, "left_out": {"x": "no network"}}
+    results = ResultsFile.open(folder, {**shared, **described})
+    for one in rows:
+        results.add_row({**one, "fingerprint": "f"})
+    shared = {"dataset": "a", "samples": 10, "ordered": True, "dtype": "float32", "versions": {"torch": "2"}}
+    WidthReport(width_rows(), {**shared, "calibration_samples": 3, "random_seeds": [0]}).save(folder / "report")
+    (folder / "README.md").write_text(CARD)
+    stored = {"step": 1, "evaluations": 0, "adapters": "original", "beside": [], "fingerprint": None}
+    stored["orders"] = pack_text(reordering.to_bytes())
+    attributes = {"given_before": {}, "stored": stored}
+    state = {"global_step": 1, "stateful_callbacks": {"SPPCallback": {"args": {}, "attributes": attributes}}}
+    (folder / STATE_NAME).write_text(json.dumps(state))
+    write_adapter(folder / "adapter", adapter_of(model), {"format": "pt"}, {"peft_type": "LORA", "r": 2})
+    write_sums(folder)
+    return Files(model, folder, small)
+
+
+def adapter_of(model):
+    """Tensors as PEFT saves a LoRA."""
+    tensors = {}
+    for name, module in model.named_modules():
+        if name.endswith(("q_proj", "fc1")):
+            tensors[f"base_model.model.{name}.lora_A.weight"] = torch.randn(2, module.in_features)
+            tensors[f"base_model.model.{name}.lora_B.weight"] = torch.randn(module.out_features, 2)
+    return tensors
+
+
+# --- readers ----------------------------------------------------------------------------------------------------------
+
+
+def read_orders(files, folder):
+    reordering = Reordering.from_pretrained(folder)
+    _use(files, reordering)
+
+
+def _use(files, reordering):
+    assert str(reordering)
+    assert Reordering.from_bytes(reordering.to_bytes()).digest == reordering.digest
+    render_card(CardContent("name", reordering.summary()))
+    reordering.indices(files.model)
+
+
+def read_results(files, folder):
+    results = load_results(folder)
+    results.to_markdown()
+    write_card(folder, overwrite=True)
+
+
+def read_report(files, folder):
+    report = WidthReport.load(folder / "report")
+    report.to_markdown()
+    update_card_with_widths(CARD, width_section(report.rows, report.settings, {"a": "b.png"}))
+
+
+def read_card(files, folder):
+    text = checkpoint.read_text(folder / "README.md")
+    license_of(text)
+    rows = [full_row("cifar-10", "spp", 0.5, 0.25)]
+    updated = update_card_with_evaluation(text, rows, task="image-classification", model_name="x")
+    assert update_card_with_evaluation(updated, rows, task="image-classification", model_name="x") == updated
+
+
+def read_record(files, folder):
+    SubnetworkRecord.from_dict(checkpoint.read_json(folder / RECORD_NAME), RECORD_NAME).to_dict()
+
+
+def read_spec(files, folder):
+    SubnetworkSpec.load(folder / "spec.json").widths(files.model)
+
+
+def read_adapter(files, folder):
+    Reordering.from_pretrained(folder).remap_adapter(folder / "adapter", save_directory=folder / "remapped")
+
+
+def read_stored_state(files, folder):
+    stored = read_state(folder)
+    if stored is not None and stored.reordering is not None:
+        _use(files, stored.reordering)
+
+
+# What is damaged, and what reads it.
+READERS = {
+    ORDERS_NAME: read_orders,
+    "spp_config.json": read_orders,
+    "spec.json": read_spec,
+    RECORD_NAME: read_record,
+    SUMS_NAME: lambda files, folder: check_sums(folder),
+    RESULTS_NAME: read_results,
+    f"report/{RESULTS_NAME}": read_report,
+    "README.md": read_card,
+    STATE_NAME: read_stored_state,
+    f"adapter/{ADAPTER_WEIGHTS}": read_adapter,
+    f"adapter/{ADAPTER_CONFIG}": read_adapter,
+}
+LOADERS = {
+    "config.json": lambda files, folder: load_config(folder),
+    "model.safetensors.index.json": lambda files, folder: load_model(folder),
+    "model-00001-of-00004.safetensors": lambda files, folder: load_model(folder),
+    "spp_widths/half.safetensors": lambda files, folder: load_subnetwork(folder, "half"),
+}
+
+
+def damaged(name, data, rng):
+    if name.endswith(".safetensors"):
+        return damaged_tensors(data, rng)
+    if name.endswith(".json") and rng.random() < 0.7:
+        return damaged_json(json.loads(data), rng).encode("utf-8", "surrogatepass")
+    return damaged_bytes(data, rng)
+
+
+def resealed(data, rng):
+    """Orders whose metadata say something else under a checksum that fits."""
+    header, rest = split_tensors(data)
+    metadata = dict(header["__metadata__"])
+    key = rng.choice(["config", "summary", "groups"])
+    metadata[key] = damaged_json(json.loads(metadata[key]), rng)
+    tensors, _ = checkpoint.unpack_tensors(data, ORDERS_NAME)
+    with contextlib.suppress(UnicodeEncodeError):
+        metadata["sha256"] = _seal(tensors, metadata)
+    return joined_tensors(json.dumps({**header, "__metadata__": metadata}), rest)
+
+
+# --- watching ---------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def time_limit(what):
+    def ring(*_):
+        raise BaseException(f"{what} took more than {SECONDS} s")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.alarm(SECONDS)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def outcome_of(read, files, folder, what):
+    """`refused` or `read`; anything else than an `SPPError` passes through, with its case."""
+    try:
+        with time_limit(what):
+            read(files, folder)
+    except SPPError as error:
+        assert str(error).strip(), what
+        str(error).encode()
+        return "refused"
+    except Exception as error:
+        error.add_note(what) if hasattr(error, "add_note") else None
+        raise
+    return "read"
+
+
+@contextlib.contextmanager
+def copy_beside_traps(source, root):
+    """A copy to damage, in a place where a file written elsewhere shows."""
+    home = root / "home"
+    (home / "cwd").mkdir(parents=True)
+    (home / "outside").write_text("untouched")
+    target = home / "target"
+    shutil.copytree(source, target)
+    before = Path.cwd()
+    os.chdir(home / "cwd")
+    try:
+        yield target
+    finally:
+        os.chdir(before)
+        found = {path.relative_to(home).as_posix() for path in home.rglob("*") if target not in (path, *path.parents)}
+        assert found == {"cwd", "outside"}
+        assert (home / "outside").read_text() == "untouched"
+        shutil.rmtree(home)
+
+
+def attack(name, read, files, source, root, seeds, damage=damaged):
+    """How many of the damaged versions of a file are refused and how many read, each without harm."""
+    outcomes = Counter()
+    data = (source / name).read_bytes()
+    with copy_beside_traps(source, root) as folder:
+        card = (folder / "README.md").read_bytes() if (folder / "README.md").exists() else b""
+        for seed in seeds:
+            changed = damage(name, data, random.Random(f"{name} {seed}"))
+            (folder / name).write_bytes(changed)
+            if name != "README.md" and card:
+                (folder / "README.md").write_bytes(card)
+            outcomes[outcome_of(read, files, folder, f"{name}, seed {seed}: {changed[:2000]!r}")] += changed != data
+    return outcomes
+
+
+def home_of(name, files):
+    return files.small if name == RECORD_NAME else files.folder
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_whole_files_are_read(name, whole, tmp_path):
+    with copy_beside_traps(home_of(name, whole), tmp_path) as folder:
+        READERS[name](whole, folder)
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_whole_models_are_loaded(name, whole):
+    LOADERS[name](whole, whole.folder)
+
+
+def test_two_thousand_malformed_files_are_refused(whole, tmp_path, capsys):
+    table = {}
+    for name, read in READERS.items():
+        table[name] = attack(name, read, whole, home_of(name, whole), tmp_path, range(220))
+    reseal = lambda name, data, rng: resealed(data, rng)  # noqa: E731
+    table["sealed orders"] = attack(ORDERS_NAME, read_orders, whole, whole.folder, tmp_path, range(220), reseal)
+    total = sum(table.values(), Counter())
+    with capsys.disabled():
+        print("\n" + "\n".join(f"{name:<45}{one['refused']:>6} refused{one['read']:>6} read" for name, one in table.items()))
+        print(f"{'malformed inputs':<45}{total['refused']:>6} refused{total['read']:>6} read, 0 otherwise")
+    assert total["refused"] >= 2000
+    assert all(one["refused"] > 60 for one in table.values())
