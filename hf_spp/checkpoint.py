@@ -119,11 +119,11 @@ def read_json(path: PathLike, *, finite: bool = True) -> Any:
     return parse_json(read_text(path), str(path), finite=finite)
 
 
-def parse_json(text: str, name: str, *, finite: bool = True) -> Any:
+def parse_json(text: str | bytes, name: str, *, finite: bool = True) -> Any:
     """Parse JSON from outside: no name twice, no deep nesting, only numbers and texts that every use can take.
 
     Args:
-        text: The JSON.
+        text: The JSON, bytes in UTF-8.
         name: What to call it in an error.
         finite: Whether NaN and infinity are refused.
 
@@ -133,7 +133,7 @@ def parse_json(text: str, name: str, *, finite: bool = True) -> Any:
     special = _refuse if finite else float
     try:
         value = json.loads(
-            text,
+            text if isinstance(text, str) else text.decode(),
             object_pairs_hook=_unique,
             parse_constant=special,
             parse_float=_finite if finite else float,
@@ -209,7 +209,7 @@ def unpack_tensors(data: bytes, name: str) -> tuple[dict[str, torch.Tensor], dic
     try:
         tensors = deserialize_tensors(data)
         length = int.from_bytes(data[:8], "little")
-        header = parse_json(data[8 : 8 + length].decode(), f"The header of {name}")
+        header = parse_json(data[8 : 8 + length], f"The header of {name}")
     # torch has no name for some types of the format, and no room for some shapes without elements.
     except (SafetensorError, ValueError, LookupError, RuntimeError) as error:
         raise CheckpointError(

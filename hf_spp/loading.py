@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progr
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from . import hub
+from . import checkpoint, hub
+from .bounds import check_counts, check_weights
 from .errors import (
     CheckpointError,
     HubError,
@@ -77,6 +78,10 @@ def load_config(source: str | os.PathLike[str]) -> PreTrainedConfig:
             f"Folder {name!r} has no config.json. Accepted: a folder written by save_pretrained. Check the path, or "
             "save the model there again."
         )
+    with suppress(HubError):
+        # What transformers cannot find either, it says itself below.
+        stated = checkpoint.read_json(hub.resolve_file(name, "config.json"), finite=False)
+        check_counts(stated, name)
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(name)
     except ValueError as error:
@@ -95,6 +100,12 @@ def load_config(source: str | os.PathLike[str]) -> PreTrainedConfig:
             f"{name!r} has no readable config.json: {_first_line(error)} Accepted: what save_pretrained wrote. Check "
             "the path, or save the model there again."
         ) from error
+    classes = getattr(config, "architectures", None)
+    if not (classes is None or (isinstance(classes, list) and all(isinstance(one, str) for one in classes))):
+        raise CheckpointError(
+            f"The config of {name!r} states architectures {classes!r}. Accepted: a list of names of classes. Save the "
+            "model again."
+        )
     return config
 
 
@@ -122,6 +133,7 @@ def load_model(source: str | os.PathLike[str], dtype: str = "auto", *, cls: Any 
     wanted = dtype if dtype == "auto" else getattr(torch, dtype)
     try:
         with quiet_transformers():
+            check_weights(Path(source), cls, config)
             loaded, report = cls.from_pretrained(
                 source, config=config, dtype=wanted, use_safetensors=True, output_loading_info=True
             )

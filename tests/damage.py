@@ -8,13 +8,16 @@ from typing import Any
 
 DEEP = "[" * 100_000
 # What stands in a file in place of a value; raw JSON, as some of it is what Python itself would not write.
+# fmt: off
 VALUES = [
-    *("null", "true", "false", "0", "-1", "1", "2", "0.5", "-0.0", "1e-400", "1e308", "1e400", "-1e400"),
-    *("NaN", "Infinity", "-Infinity", "9" * 30, "9" * 5000, str(2**31), str(2**60), str(2**63), str(-(2**63)), "1" + "0" * 400),
-    *('""', '"\\u0000"', '"\\ud800"', '"a\\nb"', '"../../outside"', '"/outside"', '"C:\\\\outside"', '"<b>|`x`"', '"é模"'),
-    *('"x"', '"0"', '"[/red]"', '"' + "y" * 10_000 + '"', "[]", "{}", "[[]]", '{"a": 1}', '[1, 2]', "[null]", '["a"]'),
-    *("[" * 70 + "]" * 70, DEEP, '{"a":' * 5000, '{"a": 1, "a": 2}', "[" + "0," * 1000 + "0]", "tru", "'x'", "1 2", ""),
+    "null", "true", "false", "0", "-1", "1", "2", "0.5", "-0.0", "1e-400", "1e308", "1e400", "-1e400", "NaN",
+    "Infinity", "-Infinity", "9" * 30, "9" * 5000, str(2**31), str(2**60), str(2**63), str(-(2**63)), "1" + "0" * 400,
+    '""', '"x"', '"0"', '"\\u0000"', '"\\ud800"', '"a\\nb"', '"../../outside"', '"/outside"', '"C:\\\\outside"',
+    '"<b>|`x`"', '"é模"', '"[/red]"', '"' + "y" * 10_000 + '"', "[]", "{}", "[[]]", '{"a": 1}', "[1, 2]", "[null]",
+    '["a"]', "tru", "'x'", "1 2", "", "[" * 70 + "]" * 70, DEEP, '{"a":' * 5000, '{"a": 1, "a": 2}',
+    "[" + "0," * 1000 + "0]",
 ]
+# fmt: on
 _MARK = "__damaged__"
 
 
@@ -69,9 +72,12 @@ def damaged_json(value: Any, rng: random.Random) -> str:
             value = _with(value, path[:-1], lambda home, path=path: _without(home, path[-1]))
         elif kind == 1 and path and isinstance(path[-1], str):
             name = rng.choice(["", "x", path[-1].upper(), path[-1] + "\n", "../" + path[-1], "\x00"])
-            value = _with(value, path[:-1], lambda home, path=path, name=name: {**_without(home, path[-1]), name: home[path[-1]]})
+            value = _with(
+                value, path[:-1], lambda home, old=path[-1], new=name: {**_without(home, old), new: home[old]}
+            )
         elif kind == 2:
-            value = _with(value, path, lambda _, other=_at(value, rng.choice(places)): other)
+            other = _at(value, rng.choice(places))
+            value = _with(value, path, lambda _, other=other: other)
         elif kind == 3:
             value = _with(value, path, lambda one: _nudged(one, rng))
         else:

@@ -266,7 +266,7 @@ def test_reorder_refuses_damaged_quantized_and_unknown_models(bert, tmp_path):
     assert "names no model type" in with_config(model_type="no-such-type")
     assert "cannot be loaded into BertForMaskedLM" in with_config(intermediate_size=24)
     (bert / "config.json").write_text("{")
-    assert "has no readable config.json" in refused("reorder", bert, tmp_path / "out")
+    assert "config.json is no valid JSON" in refused("reorder", bert, tmp_path / "out")
     (bert / "config.json").write_text(json.dumps(config))
     (bert / "model.safetensors").write_bytes(b"no tensors")
     assert "cannot be loaded into BertForMaskedLM" in refused("reorder", bert, tmp_path / "out")

@@ -4,20 +4,19 @@ import contextlib
 import json
 import os
 import random
-import re
 import shutil
 import signal
 import subprocess
 import sys
-import time
+import warnings
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import build_model
-from damage import damaged_bytes, damaged_json, damaged_tensors, joined_tensors, replaced, split_tensors
+from conftest import build_inputs, build_model
+from damage import damaged_bytes, damaged_json, damaged_tensors, joined_tensors, places_in, replaced, split_tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_model_card import full_row
@@ -40,13 +39,17 @@ from hf_spp.cards.reports import write_card
 from hf_spp.cards.results import RESULTS_NAME, ResultsFile, load_results
 from hf_spp.cards.width_results import WidthReport
 from hf_spp.cards.width_section import update_card_with_widths, width_section
-from hf_spp.loading import load_config, load_model
+from hf_spp.errors import CheckpointError
+from hf_spp.loading import load_model
 from hf_spp.orders_file import ORDERS_NAME, _seal
 from hf_spp.stored_state import STATE_NAME, pack_text, read_state
 from hf_spp.subnetworks.record import RECORD_NAME, SubnetworkRecord
 from hf_spp.sums import SUMS_NAME, check_sums, write_sums
+from hf_spp.tensor_files import INDEX_NAME, read_weights
 
 SECONDS = 10
+SHARD = "model-00001-of-00005.safetensors"
+WIDTH = "spp_widths/half.safetensors"
 CARD = """---
 license: apache-2.0
 language: en
@@ -92,7 +95,8 @@ def whole(tmp_path_factory):
     reordering.save_pretrained(folder)
     spec = SubnetworkSpec(ffn=0.5, multiple_of=1)
     spec.save(folder / "spec.json")
-    save_width(folder, "half", extract_subnetwork(model, spec))
+    batches = [build_inputs(model, 8, labels=False)]
+    save_width(folder, "half", extract_subnetwork(model, spec, calibration=batches))
     extract_subnetwork(model, SubnetworkSpec(ffn=(8, 16), vo=4, multiple_of=1)).save_pretrained(small)
     rows = [full_row("cifar-10", "original", 0.9, 0.8), full_row("cifar-10", "spp", 0.5, 0.25)]
     shared = {"model": "a/b", "seed": 1, "recipe": {"image_size": None}, "config": None, "training_arguments": {"a": 1}}
@@ -189,12 +193,16 @@ READERS = {
     STATE_NAME: read_stored_state,
     f"adapter/{ADAPTER_WEIGHTS}": read_adapter,
     f"adapter/{ADAPTER_CONFIG}": read_adapter,
+    INDEX_NAME: lambda files, folder: read_weights(folder),
+    SHARD: lambda files, folder: read_weights(folder),
 }
+# These build models, which takes longer.
 LOADERS = {
-    "config.json": lambda files, folder: load_config(folder),
-    "model.safetensors.index.json": lambda files, folder: load_model(folder),
-    "model-00001-of-00004.safetensors": lambda files, folder: load_model(folder),
-    "spp_widths/half.safetensors": lambda files, folder: load_subnetwork(folder, "half"),
+    "config.json": lambda files, folder: load_model(folder),
+    INDEX_NAME: lambda files, folder: load_model(folder),
+    SHARD: lambda files, folder: load_model(folder),
+    WIDTH: lambda files, folder: load_subnetwork(folder, "half"),
+    RECORD_NAME: lambda files, folder: load_subnetwork(folder),
 }
 
 
@@ -206,14 +214,14 @@ def damaged(name, data, rng):
     return damaged_bytes(data, rng)
 
 
-def resealed(data, rng):
-    """Orders whose metadata say something else under a checksum that fits."""
+def resealed(name, data, rng):
+    """Orders or a width whose metadata say something else, under a checksum that fits."""
     header, rest = split_tensors(data)
     metadata = dict(header["__metadata__"])
-    key = rng.choice(["config", "summary", "groups"])
+    key = rng.choice([one for one in metadata if one not in ("format", "format_version", "sha256")])
     metadata[key] = damaged_json(json.loads(metadata[key]), rng)
-    tensors, _ = checkpoint.unpack_tensors(data, ORDERS_NAME)
-    with contextlib.suppress(UnicodeEncodeError):
+    if "sha256" in metadata:
+        tensors, _ = checkpoint.unpack_tensors(data, ORDERS_NAME)
         metadata["sha256"] = _seal(tensors, metadata)
     return joined_tensors(json.dumps({**header, "__metadata__": metadata}), rest)
 
@@ -236,18 +244,22 @@ def time_limit(what):
 
 
 def outcome_of(read, files, folder, what):
-    """`refused` or `read`; anything else than an `SPPError` passes through, with its case."""
+    """`refused` or `read`; anything else than an `SPPError` fails, with its case."""
+    said = None
     try:
-        with time_limit(what):
+        with time_limit(what), warnings.catch_warnings():
+            # Models of odd configs warn as they are built.
+            warnings.simplefilter("ignore")
             read(files, folder)
     except SPPError as error:
-        assert str(error).strip(), what
-        str(error).encode()
-        return "refused"
+        said = str(error)
     except Exception as error:
-        error.add_note(what) if hasattr(error, "add_note") else None
-        raise
-    return "read"
+        raise AssertionError(f"{type(error).__name__}, which is no SPPError, for {what}") from error
+    if said is None:
+        return "read"
+    assert said.strip(), what
+    said.encode()
+    return "refused"
 
 
 @contextlib.contextmanager
@@ -265,28 +277,39 @@ def copy_beside_traps(source, root):
     finally:
         os.chdir(before)
         found = {path.relative_to(home).as_posix() for path in home.rglob("*") if target not in (path, *path.parents)}
-        assert found == {"cwd", "outside"}
-        assert (home / "outside").read_text() == "untouched"
+        untouched = (home / "outside").read_text() == "untouched"
         shutil.rmtree(home)
+    assert found == {"cwd", "outside"}
+    assert untouched
 
 
-def attack(name, read, files, source, root, seeds, damage=damaged):
+def attack(name, read, files, root, seeds, damage=damaged):
     """How many of the damaged versions of a file are refused and how many read, each without harm."""
     outcomes = Counter()
+    source = home_of(name, files)
     data = (source / name).read_bytes()
     with copy_beside_traps(source, root) as folder:
-        card = (folder / "README.md").read_bytes() if (folder / "README.md").exists() else b""
+        card = (folder / "README.md").read_bytes() if (folder / "README.md").exists() else None
         for seed in seeds:
             changed = damage(name, data, random.Random(f"{name} {seed}"))
+            if changed == data:
+                continue
             (folder / name).write_bytes(changed)
-            if name != "README.md" and card:
+            if name != "README.md" and card is not None:
                 (folder / "README.md").write_bytes(card)
-            outcomes[outcome_of(read, files, folder, f"{name}, seed {seed}: {changed[:2000]!r}")] += changed != data
+            outcomes[outcome_of(read, files, folder, f"{name}, seed {seed}: {changed[:2000]!r}")] += 1
     return outcomes
 
 
 def home_of(name, files):
     return files.small if name == RECORD_NAME else files.folder
+
+
+def show(table):
+    total = sum(table.values(), Counter())
+    for name, one in {**table, "malformed inputs": total}.items():
+        print(f"{name:<45}{one['refused']:>6} refused{one['read']:>6} read")
+    return total["refused"]
 
 
 @pytest.mark.parametrize("name", READERS)
@@ -297,18 +320,140 @@ def test_whole_files_are_read(name, whole, tmp_path):
 
 @pytest.mark.parametrize("name", LOADERS)
 def test_whole_models_are_loaded(name, whole):
-    LOADERS[name](whole, whole.folder)
+    LOADERS[name](whole, home_of(name, whole))
 
 
 def test_two_thousand_malformed_files_are_refused(whole, tmp_path, capsys):
-    table = {}
-    for name, read in READERS.items():
-        table[name] = attack(name, read, whole, home_of(name, whole), tmp_path, range(220))
-    reseal = lambda name, data, rng: resealed(data, rng)  # noqa: E731
-    table["sealed orders"] = attack(ORDERS_NAME, read_orders, whole, whole.folder, tmp_path, range(220), reseal)
-    total = sum(table.values(), Counter())
+    table = {name: attack(name, read, whole, tmp_path, range(220)) for name, read in READERS.items()}
+    table["orders under a fitting checksum"] = attack(ORDERS_NAME, read_orders, whole, tmp_path, range(220), resealed)
     with capsys.disabled():
-        print("\n" + "\n".join(f"{name:<45}{one['refused']:>6} refused{one['read']:>6} read" for name, one in table.items()))
-        print(f"{'malformed inputs':<45}{total['refused']:>6} refused{total['read']:>6} read, 0 otherwise")
-    assert total["refused"] >= 2000
+        print()
+        refused = show(table)
+    assert refused >= 2000
     assert all(one["refused"] > 60 for one in table.values())
+
+
+def test_malformed_models_are_refused(whole, tmp_path, capsys):
+    table = {name: attack(name, read, whole, tmp_path, range(40)) for name, read in LOADERS.items()}
+    table["width under a fitting record"] = attack(WIDTH, LOADERS[WIDTH], whole, tmp_path, range(40), resealed)
+    with capsys.disabled():
+        print()
+        assert show(table) > 100
+
+
+@pytest.mark.slow
+def test_many_more_malformed_files_are_refused(whole, tmp_path, capsys):
+    table = {name: attack(name, read, whole, tmp_path, range(220, 2000)) for name, read in READERS.items()}
+    table["sealed"] = attack(ORDERS_NAME, read_orders, whole, tmp_path, range(220, 2000), resealed)
+    models = {name: attack(name, read, whole, tmp_path, range(40, 400)) for name, read in LOADERS.items()}
+    models["recorded"] = attack(WIDTH, LOADERS[WIDTH], whole, tmp_path, range(40, 400), resealed)
+    with capsys.disabled():
+        print()
+        assert show({**table, **{f"loaded by {name}": one for name, one in models.items()}}) > 15_000
+
+
+# --- values of any kind at any place ----------------------------------------------------------------------------------
+
+leaves = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(["ffn", "spp"])
+json_values = st.recursive(
+    leaves,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@pytest.mark.parametrize("name", [name for name in READERS if name.endswith(".json") and "adapter" not in name])
+def test_any_value_at_any_place_is_read_or_refused(name, whole, tmp_path):
+    value = json.loads((home_of(name, whole) / name).read_bytes())
+    places = sorted(places_in(value), key=len)
+    outcomes = Counter()
+
+    @settings(max_examples=60)
+    @given(st.sampled_from(places), json_values)
+    def change(path, other):
+        text = replaced(value, path, json.dumps(other))
+        (folder / name).write_text(text, "utf-8", "surrogatepass")
+        outcomes[outcome_of(READERS[name], whole, folder, text[:2000])] += 1
+
+    with copy_beside_traps(home_of(name, whole), tmp_path) as folder:
+        change()
+    assert outcomes["refused"] > 5
+
+
+# --- single traps -----------------------------------------------------------------------------------------------------
+
+
+def test_links_out_of_the_folder_are_not_followed(whole, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(whole.folder, folder)
+    before = (folder / SUMS_NAME).read_text()
+    (folder / SHARD).rename(tmp_path / "elsewhere")
+    (folder / SHARD).symlink_to(tmp_path / "elsewhere")
+    for read in (check_sums, write_sums, read_weights):
+        with pytest.raises(CheckpointError, match="outside of the folder"):
+            read(folder)
+    assert (folder / SUMS_NAME).read_text() == before
+
+
+def test_links_of_the_cache_are_followed(whole, tmp_path):
+    snapshot = tmp_path / "models--a--b" / "snapshots" / ("0" * 40)
+    shutil.copytree(whole.folder, snapshot)
+    (snapshot.parent.parent / "blobs").mkdir()
+    (snapshot / SHARD).rename(snapshot.parent.parent / "blobs" / "x")
+    (snapshot / SHARD).symlink_to("../../blobs/x")
+    assert SHARD in check_sums(snapshot)
+
+
+HUGE = """
+import json, resource, sys
+from pathlib import Path
+from damage import damaged_bytes, damaged_json, damaged_tensors, joined_tensors, places_in, replaced, split_tensors
+from hf_spp import SPPError, checkpoint
+from hf_spp.loading import load_model
+from hf_spp.reordering import Reordering
+from hf_spp.tensor_files import read_weights
+
+folder = Path(sys.argv[1])
+config = json.loads((folder / "config.json").read_text())
+load_model(folder)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+refused = 0
+
+
+def refuse(read, *given):
+    global refused
+    try:
+        read(*given)
+    except SPPError:
+        refused += 1
+
+
+for name in ("num_hidden_layers", "hidden_size", "intermediate_size", "num_channels", "image_size", "num_labels"):
+    for value in (2**20, 2**27, 2**33, 2**40, 2**60):
+        (folder / "config.json").write_text(json.dumps({**config, name: value}))
+        refuse(load_model, folder)
+(folder / "config.json").write_text(json.dumps(config))
+for shape in ([2**60], [2**31, 2**31], [2**40, 0], [2**62, 2**62, 0], [1] * 1000):
+    for end in (0, 16, 2**60):
+        header = json.dumps({"orders.a": {"dtype": "I32", "shape": shape, "data_offsets": [0, end]}})
+        data = joined_tensors(header, bytes(16))
+        (folder / "model.safetensors").write_bytes(data)
+        refuse(Reordering.from_bytes, data)
+        refuse(checkpoint.unpack_tensors, data, "x")
+        refuse(read_weights, folder)
+for length in (2**63, 2**60, 2**40, 2**27):
+    refuse(Reordering.from_bytes, length.to_bytes(8, "little") + bytes(64))
+print(refused, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+
+
+def test_claims_of_size_take_no_memory(whole, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(whole.folder, folder)
+    run = subprocess.run(
+        [sys.executable, "-c", HUGE, str(folder)], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    refused, megabytes = map(int, run.stdout.split()[-2:])
+    assert refused > 60
+    assert megabytes < 100

@@ -94,9 +94,7 @@ def write_card(
         )
     evaluation = _evaluation(results)
     name = f"Comparison on {_short(results.settings['model'])}"
-    text = update_card_with_evaluation(
-        earlier or f"# {plain(name)}\n", model_name=name, fine_tuned=False, **evaluation
-    )
+    text = update_card_with_evaluation(earlier or f"# {plain(name)}\n", model_name=name, fine_tuned=False, **evaluation)
     return checkpoint.write_text(path, text)
 
 

@@ -40,7 +40,7 @@ def check_width_rows(rows: Sequence[Row]) -> None:
                 "width_report. Measure again."
             )
     if len({tuple(one["batch"] for one in row["latency"]) for row in rows}) > 1:
-        raise CardError("The widths were timed at different batch sizes. Accepted: rows of width_report. Measure again.")
+        raise CardError("Widths were timed at different batch sizes. Accepted: rows of width_report. Measure again.")
     if not any(row["kind"] != "full" for row in rows):
         raise CardError("The widths hold no cut. Accepted: rows of width_report. Measure again.")
 

@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .card_sections import find_section, replace_section
 from ..errors import CardError
+from .card_sections import find_section, replace_section
 from .markdown import plain, url
 from .model_card import SECTION_END
 from .result_rows import is_count, is_texts, unique
