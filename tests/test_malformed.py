@@ -19,7 +19,7 @@ from conftest import build_inputs, build_model
 from damage import damaged_bytes, damaged_json, damaged_tensors, joined_tensors, places_in, replaced, split_tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_model_card import full_row
+from test_model_card import SUMMARY, full_row
 from test_width_plots import rows as width_rows
 
 from hf_spp import (
@@ -35,6 +35,7 @@ from hf_spp import (
 )
 from hf_spp.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, write_adapter
 from hf_spp.cards.model_card import CardContent, license_of, render_card, update_card_with_evaluation
+from hf_spp.cards.published_card import published_card
 from hf_spp.cards.reports import write_card
 from hf_spp.cards.results import RESULTS_NAME, ResultsFile, load_results
 from hf_spp.cards.width_results import WidthReport
@@ -160,6 +161,9 @@ def read_card(files, folder):
     rows = [full_row("cifar-10", "spp", 0.5, 0.25)]
     updated = update_card_with_evaluation(text, rows, task="image-classification", model_name="x")
     assert update_card_with_evaluation(updated, rows, task="image-classification", model_name="x") == updated
+    own = str(render_card(CardContent("x", SUMMARY, rows=rows, pipeline_tag="image-classification")))
+    both = published_card(own, text, repo_id="a/b")
+    assert published_card(own, both, repo_id="a/b") == both
 
 
 def read_record(files, folder):
