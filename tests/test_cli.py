@@ -269,7 +269,7 @@ def test_reorder_refuses_damaged_quantized_and_unknown_models(bert, tmp_path):
     assert "config.json is no valid JSON" in refused("reorder", bert, tmp_path / "out")
     (bert / "config.json").write_text(json.dumps(config))
     (bert / "model.safetensors").write_bytes(b"no tensors")
-    assert "cannot be loaded into BertForMaskedLM" in refused("reorder", bert, tmp_path / "out")
+    assert "model.safetensors is no readable safetensors file" in refused("reorder", bert, tmp_path / "out")
     (bert / "model.safetensors").unlink()
     assert "cannot be loaded into BertForMaskedLM" in refused("reorder", bert, tmp_path / "out")
     (bert / "config.json").unlink()
