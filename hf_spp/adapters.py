@@ -69,11 +69,15 @@ def remapped(
     shapes: dict[str, list[int]] = {}
     for name, part in parts.items():
         base, shape = names[part.tensor], tensors[name].shape
+        factor = (part.adapter or "").endswith(("_A", "_B")) and part.leaf == "weight"
+        tokens = (part.adapter or "").startswith("trainable_tokens")
+        if (factor or tokens) and len(shape) < 2:
+            raise AdapterError(f"{name} is {list(shape)}; a matrix is needed. Save the adapter again with PEFT.")
         if part.adapter is None:
             shapes[base] = list(shape)
-        elif part.adapter.startswith("trainable_tokens"):
+        elif tokens:
             shapes.setdefault(base, [0, 0])[1] = shape[1]
-        elif part.adapter.endswith(("_A", "_B")) and part.leaf == "weight":
+        elif factor:
             reads = part.adapter.endswith("_A")
             shapes.setdefault(base, [0, 0])[int(reads != (base in turned))] = shape[1 if reads else 0]
     indices = _indices(groups, orders, shapes)

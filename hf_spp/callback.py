@@ -15,7 +15,6 @@ from transformers.trainer_callback import CallbackHandler, ExportableState
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
-from . import checkpoint
 from ._compat import accept_checkpoint_names
 from .cards.training_card import evaluation_results, training_card, write_training_card
 from .config import SPPConfig
@@ -23,7 +22,7 @@ from .errors import CallbackError, SPPConfigError
 from .optimizers import check_movable
 from .reordering import Reordering, total_of
 from .saving import AdapterOrder, OrderedSaving, fingerprint, names_beside_adapters, saves_portable
-from .stored_state import STATE_NAME, StoredState, pack_text, stored_state
+from .stored_state import StoredState, pack_text, read_state, stored_state
 from .structure import inner_model, is_sharded, tuner_layers
 from .timing import Schedule, Strategy
 from .trainer_pushes import calling_trainer, prepare_push
@@ -276,7 +275,7 @@ class SPPCallback(TrainerCallback, ExportableState):
 
     def _take_up_best(self, args: TrainingArguments, folder: Path) -> None:
         """Follow Trainer, which has loaded the weights of the best checkpoint and left all else as it is."""
-        live, stored = self._live, stored_state(checkpoint.read_json(folder / STATE_NAME).get("stateful_callbacks"))
+        live, stored = self._live, read_state(folder)
         if live is None:
             return
         best = None if stored is None else stored.reordering

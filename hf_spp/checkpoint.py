@@ -6,6 +6,7 @@ never a part of either. Only safetensors and JSON are read, and every read is va
 
 import hashlib
 import json
+import math
 import os
 import uuid
 from collections.abc import Iterator, Mapping
@@ -23,6 +24,9 @@ from .errors import CheckpointError, SPPError
 PathLike = str | os.PathLike[str]
 
 _PIECE = 1 << 20
+_LARGEST_JSON = 1 << 28
+_DEEPEST_JSON = 64
+_LONGEST_INTEGER = 300
 
 
 @contextmanager
@@ -100,16 +104,45 @@ def read_text(path: PathLike) -> str:
         raise CheckpointError(f"{path} cannot be read as text: {error}. Check the path.") from error
 
 
-def read_json(path: PathLike) -> Any:
+def read_json(path: PathLike, *, finite: bool = True) -> Any:
     """Read a JSON file.
+
+    Args:
+        path: The file.
+        finite: Whether NaN and infinity, which Python writes and JSON does not have, are refused.
 
     Raises:
         CheckpointError: The file is missing or is no JSON.
     """
+    if Path(path).is_file() and Path(path).stat().st_size > _LARGEST_JSON:
+        raise CheckpointError(f"{path} holds {Path(path).stat().st_size:,} bytes, more than a JSON file needs.")
+    return parse_json(read_text(path), str(path), finite=finite)
+
+
+def parse_json(text: str | bytes, name: str, *, finite: bool = True) -> Any:
+    """Parse JSON from outside: no name twice, no deep nesting, only numbers and texts that every use can take.
+
+    Args:
+        text: The JSON, bytes in UTF-8.
+        name: What to call it in an error.
+        finite: Whether NaN and infinity are refused.
+
+    Raises:
+        CheckpointError: It is no such JSON.
+    """
+    special = _refuse if finite else float
     try:
-        return json.loads(read_text(path))
+        value = json.loads(
+            text if isinstance(text, str) else text.decode(),
+            object_pairs_hook=_unique,
+            parse_constant=special,
+            parse_float=_finite if finite else float,
+            parse_int=_short_integer,
+        )
+        _check_json(value)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is no valid JSON ({error}). Save it again with save_pretrained.") from error
+        raise CheckpointError(f"{name} is no valid JSON ({error}). Save it again with save_pretrained.") from error
+    return value
 
 
 def read_bytes(path: PathLike) -> bytes:
@@ -196,12 +229,13 @@ def unpack_tensors(data: bytes, name: str) -> tuple[dict[str, torch.Tensor], dic
     try:
         tensors = deserialize_tensors(data)
         length = int.from_bytes(data[:8], "little")
-        header = json.loads(data[8 : 8 + length])
-    except (SafetensorError, ValueError) as error:
+        header = parse_json(data[8 : 8 + length], f"The header of {name}")
+    # torch has no name for some types of the format, and no room for some shapes without elements.
+    except (SafetensorError, ValueError, LookupError, RuntimeError) as error:
         raise CheckpointError(
             f"{name} is no readable safetensors file ({error}). Download or save it again."
         ) from error
-    return tensors, dict(header.get("__metadata__", {}))
+    return tensors, dict(header.get("__metadata__") or {})
 
 
 def copy_file(source: PathLike, target: PathLike) -> Path:
@@ -219,6 +253,22 @@ def copy_missing(files: Mapping[str, Path], folder: Path) -> None:
             copy_file(path, folder / name)
 
 
+def inside(folder: PathLike, name: str) -> Path:
+    """A file of a folder, links followed; those of the Hugging Face cache lead to the blobs beside its snapshots.
+
+    Raises:
+        CheckpointError: The file is a link that leaves the folder.
+    """
+    home, path = Path(folder).resolve(), (Path(folder) / name).resolve()
+    homes = [home, *(one.parent / "blobs" for one in home.parents if one.name == "snapshots")]
+    if not any(path.is_relative_to(one) for one in homes):
+        raise CheckpointError(
+            f"{name} in {folder} is a link to {path}, outside of the folder. Accepted: files of the folder itself. "
+            "Copy the file there."
+        )
+    return path
+
+
 def beside(path: Path) -> Path:
     """A hidden name beside a file or folder, for what is to take its place."""
     return path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.tmp"
@@ -232,3 +282,42 @@ def sync_names(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name stands there twice")
+    return found
+
+
+def _refuse(constant: str) -> float:
+    raise ValueError(f"{constant} is no number of JSON")
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise ValueError(f"{digits[:40]} is too large")
+    return value
+
+
+def _short_integer(digits: str) -> int:
+    if len(digits) > _LONGEST_INTEGER:
+        raise ValueError(f"a number has {len(digits):,} digits")
+    return int(digits)
+
+
+def _check_json(value: Any) -> None:
+    """Refuse values that are nested too deep, and texts that UTF-8 cannot hold."""
+    waiting = [(value, 1)]
+    while waiting:
+        one, depth = waiting.pop()
+        if depth > _DEEPEST_JSON:
+            raise ValueError(f"it is nested more than {_DEEPEST_JSON} levels deep")
+        if isinstance(one, str):
+            one.encode()
+        elif isinstance(one, dict):
+            waiting.extend((part, depth + 1) for pair in one.items() for part in pair)
+        elif isinstance(one, list):
+            waiting.extend((part, depth + 1) for part in one)

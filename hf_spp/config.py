@@ -1,8 +1,8 @@
 """What to reorder and how: the configuration every other part reads."""
 
 import dataclasses
-import math
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,8 +83,7 @@ class SPPConfig:
         if self.tolerance is not None and not (
             isinstance(self.tolerance, (int, float))
             and not isinstance(self.tolerance, bool)
-            and math.isfinite(self.tolerance)
-            and self.tolerance > 0
+            and 0 < self.tolerance <= sys.float_info.max
         ):
             raise SPPConfigError(f"tolerance={self.tolerance!r} is no positive number. Give one, or None.")
         if not _is_int(self.seed, least=0) or self.seed >= 2**63:

@@ -3,19 +3,19 @@
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from . import hub
+from . import checkpoint, hub
 from ._compat import finish_loading
+from .bounds import check_counts, check_weights
 from .errors import (
     CheckpointError,
     HubError,
@@ -80,6 +80,10 @@ def load_config(source: str | os.PathLike[str]) -> PreTrainedConfig:
             f"Folder {name!r} has no config.json. Accepted: a folder written by save_pretrained. Check the path, or "
             "save the model there again."
         )
+    with suppress(HubError):
+        # What transformers cannot find either, it says itself below.
+        stated = checkpoint.read_json(hub.resolve_file(name, "config.json"), finite=False)
+        check_counts(stated, name)
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(name)
     except ValueError as error:
@@ -88,16 +92,22 @@ def load_config(source: str | os.PathLike[str]) -> PreTrainedConfig:
             f"{_first_line(error)} Accepted: models of transformers itself; code from a repo is not run. "
             "Upgrade transformers, or choose another model."
         ) from error
-    except OSError as error:
-        if Path(name).is_dir():
-            raise CheckpointError(
-                f"Folder {name!r} has no readable config.json: {_first_line(error)} Accepted: a folder written by "
-                "save_pretrained. Check the path, or save the model there again."
+    except Exception as error:  # what transformers raises on a value of a config that it does not expect is of any kind
+        if isinstance(error, OSError) and not Path(name).is_dir():
+            raise HubError(
+                f"Model {name!r} is no folder here, and was not loaded from the Hub: {_first_line(error)} Accepted: an "
+                "existing folder, or a Hub id that can be reached. Check the spelling and the network."
             ) from error
-        raise HubError(
-            f"Model {name!r} is no folder here, and was not loaded from the Hub: {_first_line(error)} Accepted: an "
-            "existing folder, or a Hub id that can be reached. Check the spelling and the network."
+        raise CheckpointError(
+            f"{name!r} has no readable config.json: {_first_line(error)} Accepted: what save_pretrained wrote. Check "
+            "the path, or save the model there again."
         ) from error
+    classes = getattr(config, "architectures", None)
+    if not (classes is None or (isinstance(classes, list) and all(isinstance(one, str) for one in classes))):
+        raise CheckpointError(
+            f"The config of {name!r} states architectures {classes!r}. Accepted: a list of names of classes. Save the "
+            "model again."
+        )
     return config
 
 
@@ -184,10 +194,12 @@ def _loaded(
     name = None if "state_dict" in options else source
     try:
         with quiet_transformers():
+            if name is not None:
+                check_weights(Path(name), cls, config)
             loaded, report = cls.from_pretrained(name, config=config, dtype=wanted, output_loading_info=True, **options)
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-        if isinstance(error, SPPError):
-            raise
+    except SPPError:
+        raise
+    except Exception as error:  # a config builds a model of any kind, which fails in any way where a value is odd
         raise CheckpointError(
             f"The weights of {os.fspath(source)!r} cannot be loaded into {cls.__name__}: {_first_line(error)} "
             "Accepted: whole safetensors weights that fit config.json. Download or save the model again."

@@ -111,10 +111,8 @@ def _parse_metadata(metadata: Mapping[str, str]) -> dict[str, Any]:
     except (KeyError, ValueError) as error:
         raise CheckpointError(f"{ORDERS_NAME} states no format_version. It was not written by hf_spp.") from error
     check_format_version(version, ORDERS_NAME)
-    try:
-        stored = {key: json.loads(metadata[key]) for key in ("config", "summary", "groups")}
-    except (KeyError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"The metadata of {ORDERS_NAME} is damaged ({error}). Save it again.") from error
+    parts = ("config", "summary", "groups")
+    stored = {key: checkpoint.parse_json(metadata.get(key, ""), f"The {key} of {ORDERS_NAME}") for key in parts}
     for key, value in stored.items():
         if not isinstance(value, dict):
             raise CheckpointError(f"The metadata {key!r} of {ORDERS_NAME} is no JSON object. Save it again.")
@@ -130,6 +128,7 @@ def _check_summary(summary: Mapping[str, Any], groups: Mapping[str, Any], scores
     refused, versions, unproved = summary.get("refused"), summary.get("versions"), summary.get("unproved")
     sound = (
         isinstance(proved, bool)
+        and str(texts[1]).isidentifier()
         and all(_is_figure(value) if proved else value is None for value in numbers)
         and isinstance(versions, dict)
         and isinstance(unproved, list)

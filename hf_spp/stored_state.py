@@ -4,9 +4,11 @@ import base64
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from .errors import CallbackError
+from . import checkpoint
+from .errors import CallbackError, CheckpointError
 from .reordering import Reordering
 
 STATE_NAME = "trainer_state.json"
@@ -40,6 +42,21 @@ def pack_text(data: bytes) -> str:
     return base64.b64encode(zlib.compress(data)).decode()
 
 
+def read_state(folder: Path) -> StoredState | None:
+    """What a checkpoint's folder keeps of a run with reorderings, None if it was one without.
+
+    Raises:
+        CheckpointError: The state of the trainer is missing or damaged.
+        CallbackError: That of the callback is damaged.
+        OrdersError: An order in it is no permutation.
+    """
+    # Trainer writes the losses of a run that diverged as they are.
+    state = checkpoint.read_json(folder / STATE_NAME, finite=False)
+    if not isinstance(state, Mapping):
+        raise CheckpointError(f"{folder / STATE_NAME} holds no JSON object. Resume from an earlier checkpoint.")
+    return stored_state(state.get("stateful_callbacks"))
+
+
 def stored_state(entries: Any) -> StoredState | None:
     """What the states of a checkpoint's callbacks keep of a run with reorderings, None if it was one without.
 
@@ -51,7 +68,7 @@ def stored_state(entries: Any) -> StoredState | None:
     values = entries.values() if isinstance(entries, Mapping) else ()
     attributes = [value.get("attributes") for value in values if isinstance(value, Mapping)]
     # A subclass has its own name as the key.
-    found = next((one["stored"] for one in attributes if isinstance(one, Mapping) and "given_before" in one), None)
+    found = next((one.get("stored") for one in attributes if isinstance(one, Mapping) and "given_before" in one), None)
     if not found:
         return None
     try:
@@ -63,7 +80,7 @@ def stored_state(entries: Any) -> StoredState | None:
             found["fingerprint"],
             None if found["orders"] is None else Reordering.from_bytes(_unpacked(found["orders"])),
         )
-    except (KeyError, TypeError, ValueError, zlib.error) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, zlib.error) as error:
         raise CallbackError(
             f"The state of SPPCallback in {STATE_NAME} is damaged ({error!r}). Resume from an earlier checkpoint."
         ) from error

@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from . import checkpoint
 from .errors import CheckpointError
@@ -12,6 +12,8 @@ SUMS_NAME = "SHA256SUMS"
 _LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
 _LARGEST = 1 << 24
 _OTHERS = re.compile(r"(.*/)?\.|_|runs/|(last-)?checkpoint(-\d+)?/")
+# What common disks hold, in characters and in bytes.
+_LONGEST_PATH, _LONGEST_NAME = 1000, 255
 
 
 def write_sums(folder: str | os.PathLike[str], known: Mapping[str, str] | None = None) -> Path:
@@ -24,10 +26,8 @@ def write_sums(folder: str | os.PathLike[str], known: Mapping[str, str] | None =
     Raises:
         CheckpointError: A file cannot be read, or has a name that the format cannot hold.
     """
-    known = known or {}
-    return write_list(
-        folder, {name: known.get(name) or checkpoint.sha256_of(p) for name, p in files_of(folder).items()}
-    )
+    folder, known = Path(folder), known or {}
+    return write_list(folder, {name: known.get(name) or _sum_of(folder, name) for name in files_of(folder)})
 
 
 def write_list(folder: str | os.PathLike[str], sums: Mapping[str, str]) -> Path:
@@ -36,8 +36,10 @@ def write_list(folder: str | os.PathLike[str], sums: Mapping[str, str]) -> Path:
     Raises:
         CheckpointError: A name does not fit into the format.
     """
-    lines = [f"{sums[name]}  {_checked(name, Path(folder))}\n" for name in sorted(sums)]
-    return checkpoint.write_text(Path(folder) / SUMS_NAME, "".join(lines))
+    folder = Path(folder)
+    _check_distinct(sums, folder)
+    lines = [f"{sums[name]}  {_checked(name, folder)}\n" for name in sorted(sums)]
+    return checkpoint.write_text(folder / SUMS_NAME, "".join(lines))
 
 
 def renew_sums(folder: str | os.PathLike[str], names: Iterable[str]) -> None:
@@ -51,7 +53,7 @@ def renew_sums(folder: str | os.PathLike[str], names: Iterable[str]) -> None:
         sums = read_sums(folder / SUMS_NAME)
         for name in names:
             if (folder / name).is_file():
-                sums[name] = checkpoint.sha256_of(folder / name)
+                sums[name] = _sum_of(folder, name)
             else:
                 sums.pop(name, None)
         write_list(folder, sums)
@@ -66,12 +68,16 @@ def read_sums(path: str | os.PathLike[str]) -> dict[str, str]:
     path = Path(path)
     if path.is_file() and path.stat().st_size > _LARGEST:
         raise CheckpointError(f"{path} holds {path.stat().st_size:,} bytes, more than a list of sums needs.")
+    lines = checkpoint.read_text(path).split("\n")
+    if lines.pop():
+        raise CheckpointError(f"{path} ends within a line. Download the file again.")
     found: dict[str, str] = {}
-    for number, line in enumerate(checkpoint.read_text(path).split("\n")[:-1], 1):
+    for number, line in enumerate(lines, 1):
         match = _LINE.fullmatch(line)
         if match is None or match[2] in found:
             raise CheckpointError(f"Line {number} of {path} is no sum of a file of its own. Download the file again.")
         found[_checked(match[2], path)] = match[1]
+    _check_distinct(found, path)
     return found
 
 
@@ -111,7 +117,7 @@ def differing(folder: str | os.PathLike[str], names: Iterable[str]) -> list[str]
     for name in names:
         if name not in sums:
             raise CheckpointError(f"{SUMS_NAME} of {folder} has no sum of {name}. Save the checkpoint again.")
-        if not (folder / name).is_file() or checkpoint.sha256_of(folder / name) != sums[name]:
+        if not (folder / name).is_file() or _sum_of(folder, name) != sums[name]:
             found.append(name)
     return found
 
@@ -125,9 +131,22 @@ def files_of(folder: str | os.PathLike[str]) -> dict[str, Path]:
     return {name: path for name, path in paths.items() if name != SUMS_NAME and not _OTHERS.match(name)}
 
 
+def _sum_of(folder: Path, name: str) -> str:
+    return checkpoint.sha256_of(checkpoint.inside(folder, name))
+
+
+def _check_distinct(names: Iterable[str], where: Path) -> None:
+    """Refuse names that differ in case alone, which are one file on many disks."""
+    seen: dict[str, str] = {}
+    for name in names:
+        if (other := seen.setdefault(name.casefold(), name)) != name:
+            raise CheckpointError(f"{other!r} and {name!r} in {where} are one file on many disks. Rename one of them.")
+
+
 def _checked(name: str, where: Path) -> str:
     inside = PurePosixPath(name)
     plain = name.isprintable() and "\\" not in name and inside.as_posix() == name
-    if not plain or inside.is_absolute() or ".." in inside.parts:
+    plain = plain and len(name) <= _LONGEST_PATH and all(len(part.encode()) <= _LONGEST_NAME for part in inside.parts)
+    if not plain or inside.is_absolute() or ".." in inside.parts or PureWindowsPath(name).drive:
         raise CheckpointError(f"{name!r} in {where} is no plain path inside of the folder. Rename the file.")
     return name

@@ -186,10 +186,7 @@ def parse_header(data: bytes, size: int, name: str) -> Header:
     length = header_length(data, size, name)
     if len(data) < length:
         raise CheckpointError(f"{name} ends within its header. Download or save it again.")
-    try:
-        header = json.loads(data[LENGTH_BYTES:length].decode(), object_pairs_hook=_unique, parse_constant=_refuse)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"The header of {name} is no JSON ({error}). Download or save it again.") from error
+    header = checkpoint.parse_json(data[LENGTH_BYTES:length], f"The header of {name}")
     if not isinstance(header, dict):
         raise CheckpointError(f"The header of {name} is no JSON object. Download or save it again.")
     metadata = header.pop("__metadata__", {})
@@ -283,17 +280,17 @@ def read_weights(folder: PathLike) -> StoredWeights:
     """
     folder = Path(folder)
     if (folder / WEIGHTS_NAME).is_file():
-        return StoredWeights({WEIGHTS_NAME: read_header(_inside(folder, WEIGHTS_NAME))})
+        return StoredWeights({WEIGHTS_NAME: read_header(checkpoint.inside(folder, WEIGHTS_NAME))})
     path = folder / INDEX_NAME
     if not path.is_file():
         raise CheckpointError(
             f"{folder} has neither {WEIGHTS_NAME} nor {INDEX_NAME}. Accepted: safetensors weights. Save the model "
             "there with save_pretrained."
         )
-    if _inside(folder, INDEX_NAME).stat().st_size > _LARGEST_INDEX:
+    if checkpoint.inside(folder, INDEX_NAME).stat().st_size > _LARGEST_INDEX:
         raise CheckpointError(f"{path} holds more than an index of shards needs. Download or save it again.")
     files, metadata = parse_index(checkpoint.read_json(path), str(path))
-    headers = {file: read_header(_inside(folder, file)) for file in dict.fromkeys(files.values())}
+    headers = {file: read_header(checkpoint.inside(folder, file)) for file in dict.fromkeys(files.values())}
     check_index(files, headers, str(path))
     return StoredWeights(headers, metadata)
 
@@ -452,30 +449,7 @@ def _bits(tensor: StoredTensor) -> int:
     return bits
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a name stands there twice")
-    return found
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no JSON")
-
-
 def _is_weights_name(name: str) -> bool:
     path = PurePosixPath(name)
     plain = name.isprintable() and "\\" not in name and path.as_posix() == name and path.suffix == ".safetensors"
     return plain and not path.is_absolute() and ".." not in path.parts
-
-
-def _inside(folder: Path, name: str) -> Path:
-    """A file of a folder, links followed; those of the Hugging Face cache lead to the blobs beside its snapshots."""
-    home, path = folder.resolve(), (folder / name).resolve()
-    homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
-    if not any(path.is_relative_to(one) for one in homes):
-        raise CheckpointError(
-            f"{name} in {folder} is a link to {path}, outside of the folder. Accepted: files of the folder itself. "
-            "Copy the file there."
-        )
-    return path

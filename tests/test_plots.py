@@ -88,6 +88,10 @@ def test_method_bars_stays_small_when_full():
     picture(method_bars([row(f"set-{d}", m, 0.9 - d / 20) for d in range(6) for m in methods]))
 
 
+def test_names_are_no_formulas():
+    assert picture(method_bars([row("a $\\frac{$ b")]))
+
+
 def test_method_bars_refuses_nothing_to_draw():
     with pytest.raises(CardError, match="hold no result"):
         method_bars([])

@@ -100,9 +100,9 @@ def test_file_that_fails_while_it_is_written_is_not_there(tmp_path):
     ("header", "message"),
     [
         (b"", "no readable safetensors file"),
-        (b"not json at all", "is no JSON"),
-        (b'{"a":' * 50_000, "is no JSON"),
-        (b'{"a": NaN}  ', "is no JSON"),
+        (b"not json at all", "is no valid JSON"),
+        (b'{"a":' * 50_000, "is no valid JSON"),
+        (b'{"a": NaN}  ', "is no valid JSON"),
         (b"[1, 2, 3]", "no JSON object"),
         (b'{"__metadata__": {"a": "1", "a": "2"}}', "stands there twice"),
         ({"__metadata__": {"a": 1}}, "no texts by name"),

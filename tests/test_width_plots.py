@@ -94,6 +94,11 @@ def test_batch_sizes_and_metrics_have_panels():
     assert quality_curve(twice, "parameters") == quality_curve(rows(), "parameters")
 
 
+def test_names_are_no_formulas():
+    named = [{**one, "width": "$\\frac{$"} for one in rows(metrics={"$\\frac{$": 0.5})]
+    assert picture(quality_curve(named, "parameters"))
+
+
 def test_wide_values_are_drawn_on_a_logarithmic_scale():
     def drawn(values):
         shares = (1.0, 0.5, 0.25)

@@ -9,7 +9,7 @@ from conftest import build_inputs, build_model, same_bits, weights_of
 
 from hf_spp import SPPConfig, SubnetworkSpec, apply_spp, extract_subnetwork
 from hf_spp.cards.width_results import PLOTS, WidthReport, check_report_folder
-from hf_spp.cards.width_rows import ROW_KEYS
+from hf_spp.cards.width_rows import check_width_rows
 from hf_spp.curves.arguments import name_of_spec
 from hf_spp.curves.measurement import width_report
 from hf_spp.curves.quality import accuracy_and_f1, measured
@@ -63,7 +63,7 @@ def test_rows_are_the_full_model_and_each_width_by_kind_and_seed(whole):
     each = [("plain", None), ("compensated", None)]
     each += [(kind, seed) for seed in (0, 4) for kind in ("random", "random-compensated")]
     assert kinds(report) == [("full", "full", None), *((w, k, s) for w in ("50 %", "ffn 16") for k, s in each)]
-    assert all(row.keys() == ROW_KEYS for row in report.rows)
+    check_width_rows(report.rows)
     assert json.loads(json.dumps(report.rows)) == report.rows
     assert report.rows[1]["spec"] == SubnetworkSpec.uniform(whole[0], 0.5).to_dict()
 
@@ -255,7 +255,7 @@ def test_results_of_something_else_are_not_replaced(tmp_path):
     ("change", "message"),
     [
         ({"format_version": 99}, "this hf_spp reads up to 1"),
-        ({"rows": [{"width": "50 %"}]}, "its rows lack some of"),
+        ({"rows": [{"width": "50 %"}]}, "Row 0 of the widths lacks kind, parameters"),
         ({"settings": None}, "settings are missing"),
     ],
 )

@@ -4,11 +4,13 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
-from huggingface_hub import CardData, EvalResult, RepoCard
+from huggingface_hub import EvalResult
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.repocard_data import eval_results_to_model_index
 
 from ..errors import CardError
+from .markdown import unescaped
+from .yaml_text import read_yaml, write_yaml
 
 # Marks the results of this package inside a model-index that others write to as well.
 METHOD_ARGUMENT = "spp_method"
@@ -33,12 +35,17 @@ def read_header(header: str) -> dict[str, Any]:
         CardError: It is no YAML mapping.
     """
     try:
-        return dict(vars(RepoCard(join_card(header, "")).data))
-    except Exception as error:  # the YAML parser's errors belong to a package that is not ours to import
+        found = read_yaml(header)
+        if found is None:
+            return {}
+        if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
+            raise CardError(f"it is a {type(found).__name__}, or has keys that are no text")
+    except CardError as error:
         raise CardError(
-            f"The card's header is no YAML mapping: {' '.join(str(error).split())}. Accepted: the block between the "
-            "first two '---' lines in YAML, with text keys. Repair the header."
+            f"The card's header is no YAML mapping: {error}. Accepted: the block between the first two '---' lines in "
+            "YAML, with text keys. Repair the header."
         ) from error
+    return found
 
 
 def patch_header(header: str, values: Mapping[str, Any]) -> str:
@@ -55,14 +62,14 @@ def patch_header(header: str, values: Mapping[str, Any]) -> str:
             end += 1
         while end > start + 1 and (not lines[end - 1].strip() or lines[end - 1].startswith("#")):
             end -= 1
-        lines[start:end] = CardData(**{key: value}).to_yaml().split("\n")
+        lines[start:end] = write_yaml({key: value}).split("\n")
     patched, wanted = "\n".join(lines), {**metadata, **values}
     try:
         if read_header(patched) == wanted:
             return patched
     except CardError:
         pass  # flow style or anchors: no line of its own for each key, so the header is written anew
-    return CardData(**wanted).to_yaml()
+    return write_yaml(wanted)
 
 
 def model_index(metadata: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -75,7 +82,9 @@ def model_index(metadata: Mapping[str, Any]) -> list[dict[str, Any]]:
     try:
         for entry in index:
             for result in entry.get("results", ()):
-                [metric["type"] for metric in result["metrics"]], result["task"]["type"], result["dataset"]["type"]
+                kinds = [result["task"]["type"], result["dataset"]["type"], *(one["type"] for one in result["metrics"])]
+                if not all(isinstance(kind, str) for kind in kinds):
+                    raise TypeError(f"types {kinds}")
     except (AttributeError, KeyError, TypeError) as error:
         raise CardError(
             f"model-index in the card's header is damaged ({error!r}). Accepted: a list of models with results, each "
@@ -94,12 +103,13 @@ def merge_index(index: Sequence[Mapping[str, Any]], name: str, results: list[Eva
             if metrics or not result["metrics"]:
                 kept.append({**result, "metrics": metrics})
         merged.append({**entry, "results": kept})
-    existing = {_result_key(result): result for result in reversed(merged[0]["results"]) if "source" not in result}
+    home = next((entry for entry in merged if entry.get("name") == name), merged[0])
+    existing = {_result_key(result): result for result in reversed(home["results"]) if "source" not in result}
     for result in eval_results_to_model_index(name, results)[0]["results"]:
         if _result_key(result) in existing:
             existing[_result_key(result)]["metrics"] += result["metrics"]
         else:
-            merged[0]["results"].append(result)
+            home["results"].append(result)
     return merged
 
 
@@ -108,10 +118,10 @@ def _is_ours(metric: Mapping[str, Any]) -> bool:
     return isinstance(arguments, Mapping) and METHOD_ARGUMENT in arguments
 
 
-def _result_key(result: Mapping[str, Any]) -> tuple[Any, ...]:
+def _result_key(result: Mapping[str, Any]) -> str:
     """What huggingface_hub groups results by."""
     dataset = result["dataset"]
-    return (result["task"]["type"], dataset["type"], *(dataset.get(key) for key in ("config", "split", "revision")))
+    return repr([result["task"]["type"], *(dataset.get(key) for key in ("type", "config", "split", "revision"))])
 
 
 def task_of(metadata: Mapping[str, Any]) -> str:
@@ -122,12 +132,12 @@ def task_of(metadata: Mapping[str, Any]) -> str:
     """
     tasks = [result["task"]["type"] for entry in model_index(metadata) for result in entry.get("results", ())]
     task = metadata.get("pipeline_tag") or next(iter(tasks), None)
-    if task is None:
+    if not isinstance(task, str):
         raise CardError(
             "task None was given for a card that names no task. Accepted: a Hub task such as 'image-classification', "
             "or a card with pipeline_tag or a model-index. Pass task=."
         )
-    return str(task)
+    return task
 
 
 def name_of(metadata: Mapping[str, Any], body: str) -> str:
@@ -137,7 +147,8 @@ def name_of(metadata: Mapping[str, Any], body: str) -> str:
         CardError: Neither names it.
     """
     title = re.search(r"^# +(\S.*?)[ \t]*$", body, flags=re.MULTILINE)
-    name = next((entry["name"] for entry in model_index(metadata) if entry.get("name")), title and title.group(1))
+    stated = (entry["name"] for entry in model_index(metadata) if entry.get("name"))
+    name = next(stated, title and unescaped(title.group(1)))
     if not name:
         raise CardError(
             "model_name None was given for a card that names no model. Accepted: a name, or a card with a model-index "

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any, cast
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 import jinja2
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -29,6 +29,7 @@ from .card_header import (
     task_of,
 )
 from .card_sections import replace_section
+from .markdown import Markdown, code, literal, plain, url
 from .result_rows import (
     METHODS,
     METRICS,
@@ -38,7 +39,6 @@ from .result_rows import (
     check_rows,
     dataset_slug,
     model_label,
-    plain,
     results_table,
     runs_table,
     science,
@@ -133,11 +133,17 @@ class CardContent:
                 )
         for tag in (*self.tags, *self.language):
             check_line("tag or language", tag)
+        if self.pipeline_tag is not None:
+            check_line("pipeline_tag", self.pipeline_tag)
+        if self.license is not None:
+            _check_license(self.license)
+        _check_class(self.summary["model_class"])
         _check_hub_ids("repo_id", self.repo_id)
         _check_hub_ids("base_model", self.base_model)
         _check_hub_ids("datasets", *self.datasets)
         _check_relative("folder", self.folder)
-        for path in self.plots.values():
+        for caption, path in self.plots.items():
+            check_line("caption of a plot", caption)
             _check_relative("plots", path)
         if self.rows and self.pipeline_tag is None:
             raise CardError(
@@ -178,7 +184,7 @@ def render_card(content: CardContent) -> ModelCard:
         content=content,
         summary=content.summary,
         axes=AXES,
-        loading_class=_loading_class(str(content.summary["model_type"]), model_class),
+        loading_class=Markdown(_loading_class(str(content.summary["model_type"]), model_class)),
         **_evaluation_context(content.rows, content.settings, content.method, content.fine_tuned or content.measured),
     )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")
@@ -231,22 +237,23 @@ def _metric_names(rows: Sequence[Row]) -> list[str]:
 def license_of(card_text: str) -> CardLicense | None:
     """Read the license that a model card states, None where it states none.
 
-    A license that is no Hub identifier is carried over as `other` with that name.
+    A license that is no Hub identifier is carried over as `other` with that name. A link is carried over if it is one
+    to the web or a file.
 
     Raises:
         CardError: The card's header is no YAML mapping.
     """
     header, _ = split_card(card_text)
     metadata = read_header(header)
-    stated = tuple(map(str, _listed(metadata.get("license"))))
-    if not stated:
+    stated = tuple(" ".join(str(one).split()) for one in _listed(metadata.get("license")))
+    if not any(stated):
         return None
     if not all(re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", identifier) for identifier in stated):
         return CardLicense("other", name=", ".join(stated))
     if stated != ("other",):
         return CardLicense(stated[0] if len(stated) == 1 else stated)
-    name, link = (metadata.get(key) for key in ("license_name", "license_link"))
-    return CardLicense("other", name and str(name), link and str(link))
+    name, link = (" ".join(str(metadata.get(key) or "").split()) for key in ("license_name", "license_link"))
+    return CardLicense("other", name or None, link if _is_web_or_file(link) else None)
 
 
 def update_card_with_evaluation(
@@ -305,7 +312,7 @@ def _evaluation_context(
     return {
         "rows": rows,
         "fine_tuned": fine_tuned,
-        "settings_lines": _settings_lines(settings),
+        "settings": _settings_text(settings),
         "method_label": METHODS[method],
         "has_method": any(row["method"] == method for row in rows),
         "results_table": results_table(rows) if any(metric in row for row in rows for metric in METRICS) else "",
@@ -323,13 +330,13 @@ def _template() -> jinja2.Template:
         lstrip_blocks=True,
         keep_trailing_newline=True,
         autoescape=False,
+        finalize=plain,
     )
     environment.filters |= {
-        "text": plain,
-        "code": _code,
+        "code": code,
+        "literal": literal,
         "science": science,
-        "value": _value,
-        "url": functools.partial(quote, safe="/"),
+        "url": url,
         "versions": _versions_line,
     }
     return environment.get_template("model_card.md.j2")
@@ -348,21 +355,16 @@ def _loading_class(model_type: str, model_class: str) -> str:
 
 def _license_link(terms: CardLicense | None, base_model: str | None) -> str | None:
     """Link to the license text; a file of the base model's repository becomes a URL, as it is not copied along."""
-    if terms is None or terms.link is None or base_model is None or urlsplit(terms.link).scheme:
+    if terms is None or terms.link is None or base_model is None or "://" in terms.link:
         return terms.link if terms else None
     return f"https://huggingface.co/{base_model}/blob/main/{quote(terms.link.removeprefix('./'), safe='/')}"
 
 
-def _code(value: object) -> str:
-    """Code span that stays inside its table cell."""
-    return "`" + " ".join(str(value).split()).replace("`", "'").replace("|", "\\|") + "`"
+def _value(value: object) -> Markdown:
+    return code(value if isinstance(value, str) else json.dumps(value, default=str))
 
 
-def _value(value: object) -> str:
-    return _code(value if isinstance(value, str) else json.dumps(value))
-
-
-def _settings_lines(settings: Mapping[str, Any]) -> list[str]:
+def _settings_text(settings: Mapping[str, Any]) -> Markdown:
     """One line of plain values, then a list item for each group of settings that is not empty."""
 
     def listed(values: Mapping[str, Any]) -> str:
@@ -373,14 +375,14 @@ def _settings_lines(settings: Mapping[str, Any]) -> list[str]:
         single["model"] = model_label(single)
     groups = {name: value for name, value in settings.items() if isinstance(value, Mapping) and value}
     if not single and not groups:
-        return []
+        return Markdown()
     first = f"Settings: {listed(single)}." if single else "Settings:"
     items = [f"- {plain(name)}: {listed(group)}" for name, group in groups.items()]
-    return [first, *([""] if items else []), *items]
+    return Markdown("\n".join([first, *([""] if items else []), *items]))
 
 
-def _versions_line(versions: Mapping[str, Any]) -> str:
-    return ", ".join(f"{plain(name)} {plain(version)}" for name, version in versions.items())
+def _versions_line(versions: Mapping[str, Any]) -> Markdown:
+    return Markdown(", ".join(f"{plain(name)} {plain(version)}" for name, version in versions.items()))
 
 
 def _check_hub_ids(name: str, *identifiers: str | None) -> None:
@@ -395,8 +397,35 @@ def _check_hub_ids(name: str, *identifiers: str | None) -> None:
             ) from error
 
 
+def _check_license(terms: CardLicense) -> None:
+    for identifier in terms.identifiers:
+        check_line("license", identifier)
+    if terms.name is not None:
+        check_line("license name", terms.name)
+    if terms.link is not None and not _is_web_or_file(terms.link):
+        raise CardError(
+            f"license link {terms.link!r} in CardContent is no link. Accepted: an address with https:// or http://, or "
+            "a file of the repository. Correct it, or leave it out."
+        )
+
+
+def _is_web_or_file(link: str) -> bool:
+    inside = link.partition("://")[2] if link.startswith(("https://", "http://")) else link
+    plain_path = link is not inside or (":" not in link and not PurePosixPath(link).is_absolute())
+    return bool(inside) and plain_path and link.isprintable() and " " not in link
+
+
+def _check_class(name: object) -> None:
+    if not isinstance(name, str) or not name.isidentifier():
+        raise CardError(
+            f"model_class {name!r} in the card is no name of a class. Accepted: a summary of a Reordering. Save the "
+            "reordering again."
+        )
+
+
 def _check_relative(name: str, path: str) -> None:
-    if urlsplit(path).scheme or PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
+    check_line(name, path)
+    if ":" in path.partition("/")[0] or PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
         raise CardError(
             f"Path {path!r} in CardContent.{name} does not lie beside the card. Accepted: a relative path with '/' and "
             "without '..'. Save what it names in the card's folder."

@@ -101,7 +101,7 @@ def method_bars(rows: Sequence[Row]) -> bytes:
             label = axes.text(x, mean + spread + 1.2, f"{mean:.1f}", ha="center", fontsize=font_size, color=INK)
             label.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
     style_axes(axes)
-    axes.set_xticks(range(len(clusters)), list(clusters), fontsize=10 if len(clusters) < 6 else 8)
+    axes.set_xticks(range(len(clusters)), list(clusters), fontsize=10 if len(clusters) < 6 else 8, parse_math=False)
     axes.tick_params(axis="x", length=0)
     margin = 0.55 if len(clusters) > 1 else 0.9
     axes.set_xlim(-margin, len(clusters) - 1 + margin)

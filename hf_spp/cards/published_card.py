@@ -5,6 +5,7 @@ from typing import Any
 
 from huggingface_hub.repocard_data import EvalResult, model_index_to_eval_results
 
+from ..errors import CardError
 from .card_header import (
     METHOD_ARGUMENT,
     join_card,
@@ -123,17 +124,32 @@ def _joined_index(card_text: str, theirs: str) -> list[dict[str, Any]]:
     header, body = split_card(card_text)
     metadata, their_metadata = read_header(header), read_header(split_card(theirs)[0])
     ours, their_index = model_index(metadata), model_index(their_metadata)
-    results: list[EvalResult] = model_index_to_eval_results(ours)[1] if ours else []
+    results = _results_of(ours)
     if not results and not their_index:
         return []
-    held = {_identity(one) for one in (model_index_to_eval_results(their_index)[1] if their_index else [])}
-    new = [one for one in results if METHOD_ARGUMENT in (one.metric_args or {}) or _identity(one) not in held]
+    held = set(map(_identity, _results_of(their_index)))
+    new = [one for one in results if _is_ours(one) or _identity(one) not in held]
     name = name_of(their_metadata, "") if their_index else name_of(metadata, body)
     return [entry for entry in merge_index(their_index, name, new) if entry["results"]]
 
 
-def _identity(result: EvalResult) -> tuple[Any, ...]:
-    return (result.unique_identifier, result.metric_type, result.metric_name, repr(result.metric_value))
+def _results_of(index: list[dict[str, Any]]) -> list[EvalResult]:
+    try:
+        return list(model_index_to_eval_results(index)[1]) if index else []
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CardError(
+            f"model-index in a card's header lacks what the Hub needs ({error!r}). Accepted: models with a name and "
+            "results, each with a task, a named dataset and values of metrics. Repair it, or remove it."
+        ) from error
+
+
+def _is_ours(result: EvalResult) -> bool:
+    return isinstance(result.metric_args, dict) and METHOD_ARGUMENT in result.metric_args
+
+
+def _identity(result: EvalResult) -> str:
+    # Values that somebody else wrote may have no hash.
+    return repr([result.unique_identifier, result.metric_type, result.metric_name, result.metric_value])
 
 
 def _listed(value: Any) -> list[Any]:

@@ -16,6 +16,7 @@ from ..orders_file import ORDERS_NAME
 from ..reordering import Reordering
 from ..sums import renew_sums
 from .card_header import name_of, read_header, split_card
+from .markdown import plain
 from .model_card import TAGS, CardContent, license_of, render_card, task_of_class, update_card_with_evaluation
 from .published_card import is_own_card
 from .result_rows import Row, unique
@@ -91,10 +92,9 @@ def write_card(
             f"'{path}' was not written by hf_spp. Accepted: no card, or one of hf_spp's. Move it away, or allow it to "
             "be replaced (--overwrite)."
         )
+    evaluation = _evaluation(results)
     name = f"Comparison on {_short(results.settings['model'])}"
-    text = update_card_with_evaluation(
-        earlier or f"# {name}\n", model_name=name, fine_tuned=False, **_evaluation(results)
-    )
+    text = update_card_with_evaluation(earlier or f"# {plain(name)}\n", model_name=name, fine_tuned=False, **evaluation)
     return checkpoint.write_text(path, text)
 
 
@@ -112,7 +112,9 @@ def _content(
     base = _hub_id(source) or _hub_id(metadata.get("base_model"))
     own = read_header(split_card(earlier or "")[0])
     name = _short(base or source or folder.resolve()).removesuffix("-spp")
-    task = evaluation.pop("task", metadata.get("pipeline_tag") or task_of_class(summary["model_class"]))
+    stated = metadata.get("pipeline_tag")
+    known = stated if isinstance(stated, str) and stated else task_of_class(summary["model_class"])
+    task = evaluation.pop("task", known)
     used = [row["dataset"].partition(":")[0] for row in evaluation.get("rows", ())]
     return CardContent(
         model_name=name_of({}, earlier) if earlier else f"{name}-spp",
@@ -121,11 +123,11 @@ def _content(
         base_model=base,
         license=license_of(text),
         language=[code for code in _listed(metadata.get("language")) if isinstance(code, str)],
-        tags=[tag for tag in _listed(own.get("tags")) if tag not in TAGS],
+        tags=[str(tag) for tag in _listed(own.get("tags")) if tag not in TAGS],
         datasets=unique(
             name
             for name in (*_listed(own.get("datasets")), *(_DATASET_IDS.get(name, name) for name in used))
-            if "/" in name
+            if isinstance(name, str) and "/" in name
         ),
         pipeline_tag=task,
         plots={caption: name for caption, name in PLOTS.items() if (folder / name).is_file()},
@@ -136,7 +138,12 @@ def _content(
 
 def _evaluation(results: ComparisonResults) -> dict[str, Any]:
     """What the results say about how they were measured."""
-    kind = next(iter(results.settings["datasets"].values()))["kind"]
+    kind = next((one["kind"] for one in results.settings["datasets"].values() if one.get("kind")), None)
+    if kind is None or results.settings.get("model") is None:
+        raise CheckpointError(
+            f"{RESULTS_NAME} in '{results.output_dir}' does not say which model and what kind of data were compared. "
+            "Accepted: what compare_methods wrote. Compare again."
+        )
     shared = {name: results.settings.get(name) for name in ("model", "seed", "recipe", "training_arguments")}
     shared["recipe"] = {name: value for name, value in (shared["recipe"] or {}).items() if value is not None}
     return {

@@ -1,8 +1,8 @@
 """Result rows: what a row must hold, and the Markdown tables made of rows."""
 
-import math
 import re
 import statistics
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -10,6 +10,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from ..errors import CardError
+from .markdown import Markdown, plain
 
 Row = Mapping[str, Any]
 
@@ -32,21 +33,7 @@ def check_rows(rows: Sequence[Row]) -> None:
     seen = set()
     slugs: dict[str, str] = {}
     for number, row in enumerate(rows):
-        where = f"row {number} of the results"
-        needed = ("dataset", "method", *(() if row.get("metrics") else METRICS))
-        if missing := [key for key in needed if key not in row]:
-            raise CardError(
-                f"Row {number} of the results lacks {', '.join(missing)}. Accepted: rows with dataset, method, "
-                "accuracy and f1, or metrics of other names. Add what is missing or evaluate again."
-            )
-        check_line(f"dataset in {where}", row["dataset"])
-        check_method(row["method"], where)
-        for metric in METRICS:
-            if metric in row:
-                _check_fraction(metric, row[metric], where)
-        for metric, value in row.get("metrics", {}).items():
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-                raise CardError(f"{metric} {value!r} in {where} is no finite number. Leave it out, or evaluate again.")
+        check_row(row, number)
         identity = (row["dataset"], row["method"], row.get("seed"), model_label(row))
         if identity in seen:
             raise CardError(
@@ -60,6 +47,39 @@ def check_rows(rows: Sequence[Row]) -> None:
                 f"Data sets {slugs[slug]!r} and {row['dataset']!r} in the results share the identifier {slug!r}. "
                 "Accepted: names that differ in letters or digits. Rename one."
             )
+
+
+def check_row(row: Row, number: int) -> None:
+    """Check one result row: known method, fractions in [0, 1], and every other value of its kind.
+
+    Raises:
+        CardError: The row is malformed.
+    """
+    where = f"row {number} of the results"
+    needed = ("dataset", "method", *(() if row.get("metrics") else METRICS))
+    if missing := [key for key in needed if key not in row]:
+        raise CardError(
+            f"Row {number} of the results lacks {', '.join(missing)}. Accepted: rows with dataset, method, "
+            "accuracy and f1, or metrics of other names. Add what is missing or evaluate again."
+        )
+    check_line(f"dataset in {where}", row["dataset"])
+    check_method(row["method"], where)
+    for key, (is_sound, accepted) in _OTHER_KEYS.items():
+        if row.get(key) is not None and not is_sound(row[key]):
+            raise CardError(
+                f"{key} {row[key]!r} in {where} is of another kind. Accepted: {accepted}. Leave it out, or evaluate "
+                "again."
+            )
+    for metric in METRICS:
+        if metric in row:
+            _check_fraction(metric, row[metric], where)
+    metrics = row.get("metrics", {})
+    if not isinstance(metrics, Mapping):
+        raise CardError(f"metrics {metrics!r} in {where} is no mapping. Accepted: metrics by name. Leave them out.")
+    for metric, value in metrics.items():
+        check_line(f"metric in {where}", metric)
+        if not is_number(value):
+            raise CardError(f"{metric} {value!r} in {where} is no finite number. Leave it out, or evaluate again.")
 
 
 def check_line(name: str, value: object) -> None:
@@ -81,14 +101,48 @@ def check_method(method: object, where: str) -> None:
     Raises:
         CardError: The method is unknown.
     """
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         raise CardError(
             f"method {method!r} in {where} is unknown. Accepted: {', '.join(METHODS)}. Use one of these names."
         )
 
 
-def _check_fraction(metric: str, value: object, where: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or not 0 <= value <= 1:
+def is_number(value: object) -> bool:
+    """Whether a value is a number that a float holds, and no truth value."""
+    # Comparing is exact: a whole number may be too large for a float.
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def is_count(value: object) -> bool:
+    """Whether a value is a whole number from 0 up that a float holds, and no truth value."""
+    return isinstance(value, int) and is_number(value) and value >= 0
+
+
+def is_texts(value: object) -> bool:
+    """Whether a value holds texts by name."""
+    return isinstance(value, Mapping) and all(isinstance(one, str) for one in (*value, *value.values()))
+
+
+def _is_parameters(value: object) -> bool:
+    return isinstance(value, Mapping) and all(is_count(value.get(name)) for name in ("trainable", "total"))
+
+
+# What a row may say besides its data set, its method and its metrics: whether it is sound, in code and in words.
+_OTHER_KEYS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "seed": (is_count, "a whole number"),
+    "model": (lambda value: isinstance(value, str), "a Hub id or a path"),
+    "versions": (is_texts, "versions by name of the package"),
+    "parameters": (_is_parameters, "the counts 'trainable' and 'total'"),
+    "train_samples": (is_count, "a whole number"),
+    "eval_samples": (is_count, "a whole number"),
+    "seconds": (is_number, "a number"),
+    "max_abs_diff": (is_number, "a number"),
+    "relative_diff": (is_number, "a number"),
+}
+
+
+def _check_fraction(metric: str, value: Any, where: str) -> None:
+    if not is_number(value) or not 0 <= value <= 1:
         raise CardError(
             f"{metric} {value!r} in {where} is no fraction. Accepted: a number from 0 to 1. Divide percentages by 100."
         )
@@ -117,11 +171,11 @@ def model_label(row: Row) -> str | None:
     try:
         validate_repo_id(model)
     except HFValidationError:
-        return re.split(r"[/\\]", model.rstrip("/\\"))[-1]
+        return re.split(r"[/\\]", str(model).rstrip("/\\"))[-1]
     return str(model)
 
 
-def results_table(rows: Sequence[Row]) -> str:
+def results_table(rows: Sequence[Row]) -> Markdown:
     """The results as a Markdown table; see `results_cells`."""
     header, body, labels = results_cells(rows)
     return markdown_table(header, body, left=labels)
@@ -157,7 +211,7 @@ def results_cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]], int]
     return header, body, len(header) - len(datasets)
 
 
-def runs_table(rows: Sequence[Row]) -> str:
+def runs_table(rows: Sequence[Row]) -> Markdown:
     """Markdown table of what else is known of each run, without the columns that no row fills."""
 
     def parameters(row: Row) -> str | None:
@@ -183,21 +237,17 @@ def runs_table(rows: Sequence[Row]) -> str:
     columns |= {metric: other(metric) for metric in unique(name for row in rows for name in row.get("metrics", {}))}
     filled = {name: cell for name, cell in columns.items() if any(cell(row) is not None for row in rows)}
     if not filled:
-        return ""
+        return Markdown()
     body = [[row["dataset"], METHODS[row["method"]], *(cell(row) or "–" for cell in filled.values())] for row in rows]
     return markdown_table(["Data set", "Method", *filled], body, left=2)
 
 
-def markdown_table(header: Sequence[object], body: Sequence[Sequence[object]], *, left: int) -> str:
+def markdown_table(header: Sequence[object], body: Sequence[Sequence[object]], *, left: int) -> Markdown:
     """Markdown table whose first `left` columns are flush left, the others flush right."""
     rule = [":---"] * left + ["---:"] * (len(header) - left)
-    lines = [[plain(cell) for cell in header], rule, *([plain(cell) for cell in line] for line in body)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def plain(value: object) -> str:
-    """Plain text that stays inside its line and its table cell."""
-    return " ".join(str(value).split()).replace("<", "&lt;").replace("|", "\\|")
+    lines: list[Sequence[str]] = [[plain(cell) for cell in header], rule]
+    lines += [[plain(cell) for cell in line] for line in body]
+    return Markdown("\n".join("| " + " | ".join(line) + " |" for line in lines))
 
 
 def science(value: float) -> str:
@@ -207,7 +257,8 @@ def science(value: float) -> str:
 
 def unique(values: Iterable[Any]) -> list[Any]:
     """The values without repetitions, in order of first appearance."""
-    return list(dict.fromkeys(values))
+    # A header that somebody else wrote may list what has no hash.
+    return list({repr(value): value for value in values}.values())
 
 
 def _score_cell(rows: Sequence[Row]) -> str:

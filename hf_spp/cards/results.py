@@ -11,8 +11,9 @@ from typing import Any
 
 from .. import checkpoint
 from ..config import SPPConfig, check_format_version
-from ..errors import CheckpointError, SPPConfigError
+from ..errors import CardError, CheckpointError, SPPConfigError
 from . import result_rows
+from .markdown import plain
 
 METHODS = tuple(result_rows.METHODS)
 RESULTS_NAME = "results.json"
@@ -60,7 +61,7 @@ class ComparisonResults:
 
     def to_markdown(self) -> str:
         """Accuracy and macro F1 in percent, a line per method and a column per data set."""
-        notes = [f"\nLeft out: **{name}** ({reason})\n" for name, reason in sorted(self.left_out.items())]
+        notes = [f"\nLeft out: **{plain(name)}** ({plain(reason)})\n" for name, reason in sorted(self.left_out.items())]
         return result_rows.results_table(self.rows).rstrip() + "\n" + "".join(notes)
 
 
@@ -168,6 +169,19 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         isinstance(settings.get(key), dict) for key in ("datasets", "left_out")
     ):
         raise _damaged(path, "its settings lack 'datasets' or 'left_out'")
+    try:
+        for number, row in enumerate(rows):
+            result_rows.check_row(row, number)
+    except CardError as error:
+        raise _damaged(path, str(error)) from error
+    sound = (
+        all(isinstance(one, dict) and isinstance(one.get("kind", ""), str) for one in settings["datasets"].values())
+        and result_rows.is_texts(settings["left_out"])
+        and isinstance(settings.get("model"), str | None)
+        and all(isinstance(settings.get(key), dict | None) for key in ("recipe", "training_arguments"))
+    )
+    if not sound:
+        raise _damaged(path, "its settings are of another kind")
     return rows, settings
 
 

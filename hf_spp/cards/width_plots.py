@@ -80,7 +80,7 @@ def quality_curve(rows: Sequence[Row], against: Against) -> bytes:
         axes.set_xlabel(label, fontsize=10, color=INK)
         if number == 0 or panels[number - 1][0] != metric:
             name = METRIC_NAMES.get(metric, metric)
-            axes.set_ylabel(name[:1].upper() + name[1:], fontsize=10, color=INK)
+            axes.set_ylabel(name[:1].upper() + name[1:], fontsize=10, color=INK, parse_math=False)
     for kind in kinds:
         axes.plot([], [], label=KINDS[kind], **styles[kind])
     figure.legend(
@@ -190,6 +190,7 @@ def _name_widths(axes: Axes, points: Sequence[_Point], color: str) -> None:
                 fontsize=9,
                 color=INK,
                 zorder=6,
+                parse_math=False,
             )
             text.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
 

@@ -8,12 +8,13 @@ from typing import Any
 
 from .. import checkpoint
 from ..config import check_format_version
-from ..errors import CheckpointError
+from ..errors import CardError, CheckpointError
 from ..sums import renew_sums
+from .markdown import plain
 from .results import FORMAT_VERSION, RESULTS_NAME
 from .width_plots import quality_curve
-from .width_rows import ROW_KEYS, metrics_caption, width_table
-from .width_section import measured_how, update_card_with_widths, width_section
+from .width_rows import check_width_rows, metrics_caption, width_table
+from .width_section import check_width_settings, measured_how, update_card_with_widths, width_section
 
 TABLE_NAME = "widths.md"
 PLOTS = {"parameters": "widths_parameters.png", "latency": "widths_latency.png"}
@@ -39,7 +40,8 @@ class WidthReport:
 
     def to_markdown(self) -> str:
         """Cost and quality as a Markdown table, a line per width and a column per kind of cut, and how measured."""
-        parts = [f"{metrics_caption(self.rows)}.", width_table(self.rows), *measured_how(self.rows, self.settings)]
+        caption = f"{plain(metrics_caption(self.rows))}."
+        parts = [caption, width_table(self.rows), *measured_how(self.rows, self.settings)]
         return "\n\n".join(part for part in parts if part) + "\n"
 
     def plots(self) -> dict[str, bytes]:
@@ -86,12 +88,13 @@ class WidthReport:
             )
         check_format_version(stored.get("format_version"), RESULTS_NAME)
         rows, settings = stored.get("rows"), stored.get("settings")
-        sound = isinstance(rows, list) and all(isinstance(row, dict) and row.keys() >= ROW_KEYS for row in rows)
-        if not sound or not isinstance(settings, dict):
-            raise CheckpointError(
-                f"{path} cannot be used: its rows lack some of {sorted(ROW_KEYS)}, or settings are missing. Measure "
-                "again."
-            )
+        if not isinstance(rows, list) or not all(isinstance(one, dict) for one in (*rows, settings)):
+            raise CheckpointError(f"{path} cannot be used: rows or settings are missing. Measure again.")
+        try:
+            check_width_rows(rows)
+            check_width_settings(settings)
+        except CardError as error:
+            raise CheckpointError(f"{path} cannot be used: {error}") from error
         return cls(rows, settings)
 
     def add_to_card(self, folder: str | os.PathLike[str]) -> Path:

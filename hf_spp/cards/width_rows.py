@@ -1,10 +1,12 @@
 """Rows of a width report: what a row holds, and the tables made of rows."""
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from .result_rows import markdown_table, unique
+from ..errors import CardError
+from .markdown import Markdown
+from .result_rows import is_count, is_number, markdown_table, unique
 
 Row = Mapping[str, Any]
 
@@ -23,7 +25,61 @@ METRIC_NAMES = {
     "cosine": "cosine to the full model",
 }
 PERCENT = ("accuracy", "f1")
-ROW_KEYS = frozenset({"width", "kind", "seed", "spec", "parameters", "bytes", "share", "metrics", "latency", "stock"})
+
+
+def check_width_rows(rows: Sequence[Row]) -> None:
+    """Check rows of a width report: every value of its kind, and at least one cut among them.
+
+    Raises:
+        CardError: A row is malformed, or nothing was cut.
+    """
+    for number, row in enumerate(rows):
+        if odd := [name for name, is_sound in _KINDS_OF_VALUES.items() if name not in row or not is_sound(row[name])]:
+            raise CardError(
+                f"Row {number} of the widths lacks {', '.join(odd)}, or has it of another kind. Accepted: rows of "
+                "width_report. Measure again."
+            )
+    if len({tuple(one["batch"] for one in row["latency"]) for row in rows}) > 1:
+        raise CardError("Widths were timed at different batch sizes. Accepted: rows of width_report. Measure again.")
+    if not any(row["kind"] != "full" for row in rows):
+        raise CardError("The widths hold no cut. Accepted: rows of width_report. Measure again.")
+
+
+def _is_line(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip()) and value.isprintable()
+
+
+def _is_metrics(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(
+        _is_line(name) and (number is None or is_number(number)) for name, number in value.items()
+    )
+
+
+def _is_latency(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(one, Mapping)
+        and all(is_count(one.get(name)) for name in ("batch", "runs", "threads"))
+        and is_number(one.get("milliseconds"))
+        and isinstance(one.get("spread"), list | tuple)
+        and len(one["spread"]) == 2
+        and all(map(is_number, one["spread"]))
+        and _is_line(one.get("device"))
+        for one in value
+    )
+
+
+_KINDS_OF_VALUES: Mapping[str, Callable[[Any], bool]] = {
+    "width": _is_line,
+    "kind": lambda value: isinstance(value, str) and value in KINDS,
+    "seed": lambda value: value is None or is_count(value),
+    "spec": lambda value: value is None or isinstance(value, Mapping),
+    "parameters": lambda value: is_count(value) and value > 0,
+    "bytes": is_count,
+    "share": is_number,
+    "metrics": _is_metrics,
+    "latency": _is_latency,
+    "stock": lambda value: isinstance(value, bool),
+}
 
 
 def metrics_of(rows: Sequence[Row]) -> list[str]:
@@ -39,7 +95,7 @@ def metrics_caption(rows: Sequence[Row]) -> str:
     return _capital(" / ".join(f"{METRIC_NAMES.get(name, name)}{', %' * (name in PERCENT)}" for name in names))
 
 
-def width_table(rows: Sequence[Row]) -> str:
+def width_table(rows: Sequence[Row]) -> Markdown:
     """The rows as a Markdown table; see `width_cells`."""
     header, body, labels = width_cells(rows)
     return markdown_table(header, body, left=labels)

@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from typing import Any
-from urllib.parse import quote
 
+from ..errors import CardError
 from .card_sections import find_section, replace_section
+from .markdown import plain, url
 from .model_card import SECTION_END
-from .result_rows import plain, unique
+from .result_rows import is_count, is_texts, unique
 from .width_rows import Row, metrics_caption, width_table
 
 WIDTHS_START = "<!-- hf_spp widths:start -->"
@@ -26,7 +27,7 @@ def width_section(rows: Sequence[Row], settings: Mapping[str, Any], plots: Mappi
         "## Widths",
         _introduction(rows, settings),
         width_table(rows),
-        *(f"![{plain(caption)}]({quote(path, safe='/')})" for caption, path in plots.items()),
+        *(f"![{plain(caption)}]({url(path)})" for caption, path in plots.items()),
         *measured_how(rows, settings),
         WIDTHS_END,
     ]
@@ -56,6 +57,28 @@ def keep_widths(card_text: str, earlier: str) -> str:
     """
     place = find_section(earlier, WIDTHS_START, WIDTHS_END)
     return card_text if place is None else update_card_with_widths(card_text, earlier[place[0] : place[1]])
+
+
+def check_width_settings(settings: Mapping[str, Any]) -> None:
+    """Check what the rows of a width report share, as far as it is shown.
+
+    Raises:
+        CardError: A value is missing, or of another kind.
+    """
+    sound = (
+        is_count(settings.get("samples"))
+        and isinstance(settings.get("ordered"), bool)
+        and isinstance(settings.get("dtype"), str)
+        and is_texts(settings.get("versions"))
+        and isinstance(settings.get("dataset"), str | None)
+        and (settings.get("calibration_samples") is None or is_count(settings["calibration_samples"]))
+        and isinstance(settings.get("random_seeds"), list | tuple | None)
+    )
+    if not sound:
+        raise CardError(
+            "The settings of the widths lack samples, ordered, dtype or versions, or have a value of another kind. "
+            "Accepted: settings of width_report. Measure again."
+        )
 
 
 def measured_how(rows: Sequence[Row], settings: Mapping[str, Any]) -> list[str]:
@@ -93,5 +116,5 @@ def _introduction(rows: Sequence[Row], settings: Mapping[str, Any]) -> str:
     }.get(tuple(stock), "")
     return (
         "Smaller networks made of the first channels of each axis, cut out and measured as they are, without training, "
-        f"on {settings['samples']:,} examples{data}. {metrics_caption(rows)}.{given} {loads}"
+        f"on {settings['samples']:,} examples{data}. {plain(metrics_caption(rows))}.{given} {loads}"
     ).rstrip()

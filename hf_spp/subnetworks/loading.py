@@ -56,6 +56,7 @@ _SMALL_FILES = (
     "config.json", "generation_config.json", INDEX_NAME, PREFIX_INDEX, ORDERS_NAME, CONFIG_NAME, RECORD_NAME,
     SUMS_NAME,
 )  # fmt: skip
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -280,14 +281,15 @@ class _Slice:
     def _published(cls, source: _Source, model: Any, path: Path) -> "_Slice":
         name = f"{WIDTHS_FOLDER}/{path.name}"
         tensors, metadata = checkpoint.unpack_tensors(checkpoint.read_bytes(path), name)
-        try:
-            record = SubnetworkRecord.from_dict(json.loads(metadata.get("subnetwork", "")), name)
-        except ValueError as error:
-            raise CheckpointError(f"{name} does not say how wide it is ({error}). Save it again.") from error
+        if "subnetwork" not in metadata:
+            raise CheckpointError(f"{name} does not say how wide it is. Save it again.")
+        stored = checkpoint.parse_json(metadata["subnetwork"], f"The record of {name}")
+        record = SubnetworkRecord.from_dict(stored, name)
         groups = channel_groups(model)
         _check_widths(record, {group.name: group.size for group in groups}, name)
         for tensor in record.compensated:
-            if tensor not in tensors or not bool(tensors[tensor].isfinite().all()):
+            known = tensor in tensors and tensors[tensor].dtype in _DTYPES
+            if not known or not bool(tensors[tensor].isfinite().all()):
                 raise _does_not_fit(name, tensor)
         refitted = {tensor: tensors[tensor] for tensor in record.compensated}
         return cls(source, model, groups, record.widths, record.spec, refitted, name)

@@ -71,6 +71,8 @@ class SubnetworkSpec:
                 _check_width(cut, one)
             if isinstance(value, (list, tuple)) and not value:
                 raise SubnetworkError(f"{cut} is an empty list. Give one width for all, or one for each layer.")
+        if self.model_type is not None and not isinstance(self.model_type, str):
+            raise SubnetworkError(f"model_type={self.model_type!r} is no name of a model type. Give one, or None.")
         given = self.multiple_of
         each: Mapping[str, Any] = given if isinstance(given, Mapping) else {"ffn": 1 if given is None else given}
         for cut, multiple in each.items():
