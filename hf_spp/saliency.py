@@ -80,6 +80,7 @@ def weight_scores(
             sums[name, dim, stacked] = channel_sums(tensor, dim, power, stacked=stacked)
             if not bool(sums[name, dim, stacked].isfinite().all()):
                 check_finite({name: tensors[name]})
+        del tensor  # before the next is read
     scores = {}
     for group in groups:
         norms = []

@@ -382,14 +382,17 @@ def write_tensors(path: PathLike, head: bytes, data: Iterable[memoryview]) -> st
         CheckpointError: The file cannot be written.
     """
     digest, count = hashlib.sha256(head), 0
+    # The other thread must not keep a piece, and the tensor that it is a part of, longer than it needs it.
+    waiting: list[memoryview] = []
     with checkpoint.writing(path) as file, ThreadPoolExecutor(1) as beside:
         file.write(head)
         for piece in data:
-            summed = beside.submit(digest.update, piece)
+            waiting.append(piece)
+            summed = beside.submit(lambda: digest.update(waiting.pop()))
             file.write(piece)
             summed.result()
             count += len(piece)
-            del piece  # and the tensor that it is a part of, before the next is read
+            del piece
             if count >= _AHEAD:
                 file.flush()
                 # Begins to bring what was written to the disk, so that the end need not wait for all of it.

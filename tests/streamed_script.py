@@ -1,7 +1,8 @@
 """Reorder a checkpoint again and again, to be killed: python tests/streamed_script.py SOURCE TARGET [once]
 
-Prints `ready`, then for each line on standard input the process id of a child that does it, and its exit status. With
-`once` it does it itself and prints the peak of resident memory in bytes that this took.
+Prints `ready`. A line on standard input starts a child that does it and prints its process id, the next line waits for
+it and prints its exit status or the signal that ended it. With `once` it does it itself and prints the bytes of
+resident memory that this took at its peak.
 """
 
 import os
@@ -29,6 +30,8 @@ def main(source, target, once=None):
             reorder_checkpoint(source, target, SPPConfig(metric="l1"), overwrite=True)
             os._exit(0)
         print(child, flush=True)
+        # The process id is the child's own until it has been waited for.
+        sys.stdin.readline()
         _, status = os.waitpid(child, 0)
         print(os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status), flush=True)
 

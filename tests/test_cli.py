@@ -11,6 +11,7 @@ import transformers
 from conftest import build_inputs, build_model, outputs_of, relative_difference, same_bits, weights_of
 from huggingface_hub import ModelCard
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageClassification,
@@ -208,6 +209,18 @@ def test_reorder_takes_axes_metric_seed_and_dtype(bert, tmp_path):
     reordering = Reordering.from_pretrained(tmp_path / "out")
     assert reordering.config == SPPConfig(axes=("vo", "heads", "ffn"), metric="random", seed=3)
     assert AutoModelForMaskedLM.from_pretrained(tmp_path / "out").dtype == torch.float64
+
+
+def test_reorder_streams(bert, tmp_path):
+    run("reorder", bert, tmp_path / "whole", "--metric", "l2")
+    result = run("reorder", bert, tmp_path / "out", "--metric", "l2", "--stream")
+    assert "Reordering of BertForMaskedLM by l2 (float32)" in result.stdout
+    assert "NOT checked" in result.stdout
+    whole, streamed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
+    assert streamed.keys() == whole.keys()
+    assert all(torch.equal(streamed[name], one) for name, one in whole.items())
+    text = refused("reorder", bert, tmp_path / "other", "--stream", "--dtype", "float16")
+    assert "--stream keeps every dtype" in text
 
 
 def test_reorder_takes_towers(tmp_path):

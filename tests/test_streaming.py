@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import build_inputs, build_model, legal_axes
+from hub_server import serving
 from safetensors.torch import load_file, save_file
 from test_stored_names import build
 
@@ -346,46 +347,40 @@ def test_killed_at_any_moment(tmp_path):
     build_model("llama", num_hidden_layers=6).save_pretrained(source, max_shard_size="12KB")
     reorder_checkpoint(source, tmp_path / "new", SPPConfig(metric="l1"))
     reorder_checkpoint(source, old, SPPConfig(metric="random"))
+    draw, kills, resumed, states = random.Random(0), 0, 0, []
+    manifest = tmp_path / ".target.spp-stream" / "manifest.json"
     # One process serves all runs: it imports once and forks, and the children are killed.
-    server, draw = start(source, target), random.Random(0)
-    assert server.stdout.readline() == "ready\n"
+    with start(source, target) as server:
 
-    def run():
-        server.stdin.write("run\n")
-        server.stdin.flush()
-        return int(server.stdout.readline())
+        def told(line=None):
+            if line is not None:
+                server.stdin.write(f"{line}\n")
+                server.stdin.flush()
+            return server.stdout.readline().strip()
 
-    def over():
-        return server.stdout.readline().strip()
-
-    shutil.copytree(old, target)
-    began = time.monotonic()
-    run()
-    assert over() == "0"
-    length = time.monotonic() - began
-    kills = states = resumed = 0
-    while kills < 50:
-        if same(target, tmp_path / "new"):
-            shutil.rmtree(target)
-            shutil.copytree(old, target)
-        manifest = tmp_path / ".target.spp-stream" / "manifest.json"
-        before = json.loads(manifest.read_text())["sums"] if manifest.is_file() else {}
-        child = run()
-        time.sleep(draw.random() * length)
-        os.kill(child, signal.SIGKILL)
-        kills += over() == str(signal.SIGKILL)
-        resumed += bool(before)
-        check_sums(target)
-        now_new = same(target, tmp_path / "new")
-        assert now_new or same(target, old)
-        digest = Reordering.from_pretrained(target).digest
-        assert digest == Reordering.from_pretrained(tmp_path / "new" if now_new else old).digest
-        states += now_new
-    run()
-    assert over() == "0"
+        assert told() == "ready"
+        began = time.monotonic()
+        told("run")
+        assert told("wait") == "0"
+        length = time.monotonic() - began
+        while kills < 50:
+            if not target.exists() or same(target, tmp_path / "new"):
+                shutil.rmtree(target, ignore_errors=True)
+                shutil.copytree(old, target)
+            resumed += manifest.is_file() and bool(json.loads(manifest.read_text())["sums"])
+            child = int(told("run"))
+            time.sleep(draw.random() * length)
+            os.kill(child, signal.SIGKILL)
+            kills += told("wait") == str(int(signal.SIGKILL))
+            check_sums(target)
+            states.append(same(target, tmp_path / "new"))
+            assert states[-1] or same(target, old)
+            whole = tmp_path / "new" if states[-1] else old
+            assert Reordering.from_pretrained(target).digest == Reordering.from_pretrained(whole).digest
+        told("run")
+        assert told("wait") == "0"
     assert same(target, tmp_path / "new")
     assert resumed > 10
-    server.communicate("")
 
 
 @pytest.mark.slow
@@ -398,15 +393,30 @@ def test_memory_does_not_grow_with_the_checkpoint(tmp_path):
             num_hidden_layers=layers,
             hidden_size=1024,
             intermediate_size=8192,
-            head_dim=8,
+            num_attention_heads=8,
+            num_key_value_heads=2,
         )
         model.save_pretrained(tmp_path / "source", max_shard_size="100MB")
         size = sum(path.stat().st_size for path in (tmp_path / "source").glob("*.safetensors"))
-        server = start(tmp_path / "source", tmp_path / "target", "once")
-        found, _ = server.communicate()
+        with start(tmp_path / "source", tmp_path / "target", "once") as process:
+            found, _ = process.communicate()
         peaks[size] = int(found.splitlines()[-1])
         shutil.rmtree(tmp_path / "source")
         shutil.rmtree(tmp_path / "target")
     (small, low), (large, high) = sorted(peaks.items())
     assert large - small > 500e6
     assert high - low < 0.1 * (large - small)
+
+
+def test_checkpoint_of_the_hub(tmp_path):
+    build_model("bert").save_pretrained(tmp_path / "source", max_shard_size="20KB")
+    (tmp_path / "source" / "pytorch_model.bin").write_bytes(b"old")
+    script = "import sys; from hf_spp import reorder_checkpoint; reorder_checkpoint('some/bert', sys.argv[1])"
+    with serving(tmp_path / "hub") as server:
+        server.add_repository("some/bert", tmp_path / "source")
+        command = [sys.executable, "-c", script, tmp_path / "target"]
+        subprocess.run(command, env=server.environment("read"), check=True)
+        assert not any("pytorch_model.bin" in request.path and "resolve" in request.path for request in server.requests)
+    reorder_checkpoint(tmp_path / "source", tmp_path / "expected")
+    assert same(tmp_path / "target", tmp_path / "expected")
+    assert len(read_weights(tmp_path / "target").headers) > 1
