@@ -30,6 +30,7 @@ from .version import __version__
 if TYPE_CHECKING:
     from .architectures import AttentionPattern, FeedForwardPattern, channel_groups, register_architecture
     from .callback import SPPCallback
+    from .cards.eval_entries import Benchmark
     from .cards.width_results import WidthReport
     from .channels import ChannelGroup, ChannelMap, Member, Refusal
     from .comparison.evaluation import compare_methods
@@ -56,6 +57,7 @@ __all__ = [
     "AdapterError",
     "AssetError",
     "AttentionPattern",
+    "Benchmark",
     "CalibrationError",
     "CallbackError",
     "CardError",
@@ -106,6 +108,7 @@ __all__ = [
 # What needs torch is imported when it is first used, so that the command line answers at once.
 _HOMES = {
     "AttentionPattern": "architectures",
+    "Benchmark": "cards.eval_entries",
     "ChannelGroup": "channels",
     "ChannelMap": "channels",
     "ElasticTrainer": "subnetworks",

@@ -52,6 +52,26 @@ def fetch_checkpoint(
     if repo_id is not None:
         ignored = _OTHER_MODELS if whole else _NOT_LOADED
         folder = hub.download_snapshot(repo_id, ignored=ignored, revision=revision, token=token)
+    check_reordered(folder, name)
+    if verify and not (folder / SUMS_NAME).is_file():
+        logger.warning(f"{name} has no {SUMS_NAME}, so it is not known whether its files are as they were saved.")
+    elif verify:
+        if repo_id is not None:
+            _replace_damaged(repo_id, folder, token, whole=whole)
+        check_sums(folder, _compared(folder, whole=whole))
+    return folder
+
+
+def check_reordered(folder: Path, name: str) -> None:
+    """Refuse a folder that holds no reordered checkpoint.
+
+    Args:
+        folder: The folder.
+        name: What its user calls it.
+
+    Raises:
+        CheckpointError: It holds no orders, or is a sub-network.
+    """
     if (folder / RECORD_NAME).is_file():
         raise CheckpointError(
             f"{name!r} is a sub-network itself. Accepted: the reordered checkpoint that it was cut from, which every "
@@ -62,13 +82,6 @@ def fetch_checkpoint(
             f"{name!r} holds no {ORDERS_NAME}, so the order of its channels is not known. Accepted: a reordered "
             "checkpoint. Make one with `hf-spp reorder MODEL OUT`."
         )
-    if verify and not (folder / SUMS_NAME).is_file():
-        logger.warning(f"{name} has no {SUMS_NAME}, so it is not known whether its files are as they were saved.")
-    elif verify:
-        if repo_id is not None:
-            _replace_damaged(repo_id, folder, token, whole=whole)
-        check_sums(folder, _compared(folder, whole=whole))
-    return folder
 
 
 def _compared(folder: Path, *, whole: bool) -> list[str]:

@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from .command_group import Overwrite, Revision, examples
-from .terminal import show_places, show_push, working
+from .command_group import Overwrite, Reordered, Revision, examples
+from .terminal import show_info, show_places, show_push, working
 
 Repository = Annotated[
     str, typer.Argument(metavar="REPO", help="Id of a Hub repository, such as my-name/vit-spp.", show_default=False)
@@ -19,6 +19,7 @@ def add_to(app: typer.Typer) -> None:
         push
     )
     app.command(epilog=examples("hf-spp pull my-name/vit-spp ./vit-spp"))(pull)
+    app.command(epilog=examples("hf-spp info my-name/vit-spp", "hf-spp info ./vit-spp"))(info)
 
 
 def push(
@@ -31,6 +32,9 @@ def push(
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, which is made if absent.")] = None,
     create_pr: Annotated[bool, typer.Option("--pr", help="Open a pull request.")] = False,
+    layout: Annotated[
+        str, typer.Option(help="prefix adds copies, so that a slice of any width is downloaded alone.")
+    ] = "stock",
     message: Annotated[str, typer.Option(help="Title of the commit or pull request.")] = "Upload a reordered model",
 ) -> None:
     """Push a reordered checkpoint to the Hub: weights, orders, card and sums, in one commit.
@@ -40,7 +44,13 @@ def push(
     with working("Starting"):
         from .publishing import push_checkpoint
     pushed = push_checkpoint(
-        folder, repo_id, private=private, revision=revision, create_pr=create_pr, commit_message=message
+        folder,
+        repo_id,
+        private=private,
+        revision=revision,
+        create_pr=create_pr,
+        commit_message=message,
+        layout=layout,  # type: ignore[arg-type]
     )
     show_push(pushed)
 
@@ -58,3 +68,12 @@ def pull(
     with working("Starting"):
         from .publishing import pull as download
     show_places({"Checkpoint": [download(repo_id, target, revision=revision, overwrite=overwrite)]})
+
+
+def info(folder: Reordered, revision: Revision = None) -> None:
+    """Say what a reordered checkpoint holds, without reading its weights."""
+    with working("Starting"):
+        from .inspection import inspect_checkpoint
+    with working("Reading headers"):
+        found = inspect_checkpoint(folder, revision=revision)
+    show_info(found)

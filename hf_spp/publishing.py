@@ -4,15 +4,17 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from . import checkpoint, folders, hub
 from .architectures import channel_groups
+from .cards.eval_entries import ENTRIES_NAME, Benchmark, eval_result_files
 from .cards.published_card import has_own_section, is_own_card, published_card
 from .cards.reports import CARD_NAME, PLOTS, write_card
 from .cards.result_rows import METRICS, Row
@@ -20,7 +22,7 @@ from .cards.results import RESULTS_NAME, ComparisonResults
 from .cards.width_results import WidthReport
 from .config import CONFIG_NAME
 from .conversion import write_checkpoint
-from .errors import CardError, OrdersError, UnsupportedModelError
+from .errors import CardError, OrdersError, SPPConfigError, UnsupportedModelError
 from .fetching import fetch_checkpoint
 from .hub import Change, Head, Pushed
 from .loading import load_config, meta_model
@@ -28,10 +30,12 @@ from .orders_file import ORDERS_NAME
 from .permutation import check_orders
 from .reordering import Reordering, total_of
 from .structure import tuner_layers
+from .subnetworks.prefix_layout import write_prefix_layout
 from .sums import SUMS_NAME, check_sums, files_of, read_sums, write_list
 
 logger = logging.get_logger(__name__)
 
+Layout = Literal["stock", "prefix"]
 Evaluation = Mapping[str, Mapping[str, float]] | ComparisonResults | WidthReport
 # What a push of new weights makes void, where it does not bring the file anew.
 _OF_WEIGHTS = re.compile(
@@ -45,12 +49,14 @@ def push_to_hub(
     reordering: Reordering,
     *,
     evaluation: Evaluation | None = None,
+    benchmarks: Mapping[str, Benchmark] | None = None,
     processing_class: Any = None,
     fine_tuned: bool = False,
     private: bool | None = None,
     revision: str | None = None,
     create_pr: bool = False,
     commit_message: str = "Upload a reordered model",
+    layout: Layout = "stock",
     token: str | bool | None = None,
 ) -> Pushed:
     """Push a reordered model to the Hub: weights, orders, processor, card and the sums of all files, in one commit.
@@ -65,12 +71,16 @@ def push_to_hub(
         reordering: What was done to it.
         evaluation: What the card shows: metrics of this model by data set, such as `{"cifar10": {"accuracy": 0.967}}`
             (fractions), the results of `compare_methods`, or the report of `width_report`.
+        benchmarks: By data set of the evaluation, the task of a benchmark on the Hub that it is; those results also
+            become entries of `.eval_results/`, which fill the benchmark's leaderboard.
         processing_class: Tokenizer, image processor or processor, saved beside the model.
         fine_tuned: Whether the model was trained after its reordering, which the card then says.
         private: Whether a new repository is private; None leaves it to the account.
         revision: Branch, which is made if absent.
         create_pr: Whether to open a pull request.
         commit_message: Title of the commit or of the pull request.
+        layout: `prefix` adds copies of the weights whose slices are not contiguous, about a third of their size, so
+            that `load_subnetwork` of any width downloads little more than the slice.
         token: Hub token, `True` for the stored one.
 
     Returns:
@@ -95,15 +105,9 @@ def push_to_hub(
         write_checkpoint(folder, model, reordering, processing_class=processing_class, rows=rows, fine_tuned=fine_tuned)
         if isinstance(evaluation, WidthReport):
             evaluation.add_to_card(folder)
-        return push_checkpoint(
-            folder,
-            repo_id,
-            private=private,
-            revision=revision,
-            create_pr=create_pr,
-            commit_message=commit_message,
-            token=token,
-        )
+        shown = [*rows, *(evaluation.rows if isinstance(evaluation, ComparisonResults) else ())]
+        options = _Options(commit_message, private, revision, create_pr, token)
+        return _push(folder, repo_id, layout, options, lambda theirs: _entries(shown, theirs, benchmarks or {}))
 
 
 def push_checkpoint(
@@ -114,11 +118,13 @@ def push_checkpoint(
     revision: str | None = None,
     create_pr: bool = False,
     commit_message: str = "Upload a reordered model",
+    layout: Layout = "stock",
     token: str | bool | None = None,
 ) -> Pushed:
     """Push the folder of a reordered checkpoint to the Hub, in one commit; see `push_to_hub`.
 
-    Every file goes but hidden ones and checkpoints of a training run. The folder stays as it is.
+    Every file goes but hidden ones and checkpoints of a training run. The folder stays as it is, but for the copies
+    that `layout="prefix"` adds to it.
 
     Args:
         folder: The folder.
@@ -127,6 +133,8 @@ def push_checkpoint(
         revision: Branch, which is made if absent.
         create_pr: Whether to open a pull request.
         commit_message: Title of the commit or of the pull request.
+        layout: `prefix` adds copies of the weights whose slices are not contiguous, about a third of their size, so
+            that `load_subnetwork` of any width downloads little more than the slice.
         token: Hub token, `True` for the stored one.
 
     Raises:
@@ -134,31 +142,48 @@ def push_checkpoint(
         OrdersError: The orders do not fit the model.
         HubError: The Hub refused, or could not be reached. The repository is then as it was.
     """
-    folder = check_checkpoint(folder)
+    options = _Options(commit_message, private, revision, create_pr, token)
+    return _push(check_checkpoint(folder), repo_id, layout, options, lambda theirs: {})
+
+
+@dataclass(frozen=True)
+class _Options:
+    """How a push is to be made; see `push_to_hub`."""
+
+    message: str
+    private: bool | None
+    revision: str | None
+    create_pr: bool
+    token: str | bool | None
+
+
+def _push(
+    folder: Path,
+    repo_id: str,
+    layout: Layout,
+    options: _Options,
+    entries: Callable[[str], Mapping[str, str | None]],
+) -> Pushed:
+    if layout not in get_args(Layout):
+        raise SPPConfigError(f"layout={layout!r} is unknown. Accepted: {', '.join(get_args(Layout))}. Correct it.")
+    if layout == "prefix":
+        write_prefix_layout(folder)
     files = files_of(folder)
     known = read_sums(folder / SUMS_NAME) if (folder / SUMS_NAME).is_file() else {}
     with tempfile.TemporaryDirectory() as scratch:
         staged, card = Path(scratch), _card_of(folder, Path(scratch))
 
         def prepare(head: Head) -> Change:
-            theirs = head.read(CARD_NAME)
-            text = published_card(card, None if theirs is None else _text(theirs), repo_id=head.repo_id)
-            written = {CARD_NAME: checkpoint.write_text(staged / CARD_NAME, text)}
+            texts: dict[str, str | None] = dict(entries(_text(head, ENTRIES_NAME) or ""))
+            texts[CARD_NAME] = published_card(card, _text(head, CARD_NAME), repo_id=head.repo_id)
+            written = {name: checkpoint.write_text(staged / name, text) for name, text in texts.items() if text}
             sums = {name: known.get(name) or checkpoint.sha256_of(path) for name, path in files.items()}
-            sums |= {name: checkpoint.sha256_of(path) for name, path in written.items()}
+            sums[CARD_NAME] = checkpoint.sha256_of(written[CARD_NAME])
             pushed = {**files, **written, SUMS_NAME: write_list(staged, sums)}
-            stale = (name for name in head.digests if _OF_WEIGHTS.fullmatch(name) and name not in pushed)
-            return Change(pushed, frozenset(stale), sums)
+            stale = {name for name in head.digests if _OF_WEIGHTS.fullmatch(name) and name not in pushed}
+            return Change(pushed, frozenset(stale | {name for name, text in texts.items() if text is None}), sums)
 
-        return hub.push_files(
-            repo_id,
-            prepare,
-            message=commit_message,
-            private=private,
-            revision=revision,
-            create_pr=create_pr,
-            token=token,
-        )
+        return hub.push_files(repo_id, prepare, **vars(options))
 
 
 def pull(
@@ -262,10 +287,21 @@ def _row(dataset: str, metrics: Mapping[str, float]) -> Row:
     return {"dataset": dataset, "method": "spp", **ours, "metrics": others}
 
 
-def _text(data: bytes) -> str:
+def _entries(rows: Sequence[Row], theirs: str, benchmarks: Mapping[str, Benchmark]) -> Mapping[str, str | None]:
+    """The files of benchmark entries that change; data sets that are no benchmark have none."""
+    found = eval_result_files(rows, {ENTRIES_NAME: theirs}, benchmarks=benchmarks)
+    for name in benchmarks:
+        if name in found.left_out:
+            logger.warning(f"{name} becomes no entry of a benchmark: {found.left_out[name]}.")
+    return found.files
+
+
+def _text(head: Head, name: str) -> str | None:
+    """The text of a repository's file, None where there is none."""
+    data = head.read(name)
     try:
-        return data.decode()
+        return None if data is None else data.decode()
     except UnicodeDecodeError as error:
         raise CardError(
-            f"{CARD_NAME} of the repository is no UTF-8 text ({error}). Repair it there, or remove it."
+            f"{name} of the repository is no UTF-8 text ({error}). Repair it there, or remove it."
         ) from error

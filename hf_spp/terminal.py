@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .conversion import Verification
     from .curves.checkpoints import SavedSlice
     from .hub import Pushed
+    from .inspection import CheckpointInfo
     from .support.families import Families, Row
 
 VERDICT_STYLES = {"yes": "green", "part": "yellow", "no": "red"}
@@ -165,6 +166,21 @@ def show_push(pushed: "Pushed") -> None:
             "Uploaded": [f"{pushed.files} files, {decimal(pushed.bytes)}"],
         }
     )
+
+
+def show_info(found: "CheckpointInfo") -> None:
+    """Print what a checkpoint holds, and what was done to it."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_row("Checkpoint", escape(found.name))
+    if found.commit is not None:
+        table.add_row("Commit", found.commit)
+    kinds = ", ".join(f"{count:,} in {name}" for name, count in found.dtypes.items())
+    table.add_row("Weights", f"{found.parameters:,} ({kinds}), {decimal(found.bytes)} in {found.files} files")
+    table.add_row("Widths", escape(", ".join(found.widths)) or "none published; any can be cut")
+    table.add_row("Layout", "stock, and copies for slices" if found.prefix_layout else "stock")
+    table.add_row("Sums", "yes" if found.summed else "no SHA256SUMS")
+    out().print(table)
+    out().print(escape(str(found.reordering)), soft_wrap=True)
 
 
 def show_verification(found: "Verification") -> None:

@@ -44,9 +44,10 @@ def push(folder, repo_id, **options):
     return vars(push_checkpoint(folder, repo_id, **options))
 
 
-def push_model(folder, repo_id, **options):
-    from hf_spp import load_reordered, push_to_hub
+def push_model(folder, repo_id, benchmarks=None, **options):
+    from hf_spp import Benchmark, load_reordered, push_to_hub
 
+    options["benchmarks"] = {name: Benchmark(**one) for name, one in (benchmarks or {}).items()}
     return vars(push_to_hub(repo_id, *load_reordered(folder), **options))
 
 
@@ -69,6 +70,20 @@ def load(repo_id, cache=None, offline=False, **options):
         finally:
             constants.HF_HUB_OFFLINE = False
     return {"digest": reordering.digest, "class": type(model).__name__, "name": model.name_or_path}
+
+
+def info(repo_id, **options):
+    from hf_spp.inspection import inspect_checkpoint
+
+    return {**vars(inspect_checkpoint(repo_id, **options)), "reordering": None}
+
+
+def slice_of(repo_id, width, **options):
+    from hf_spp import load_subnetwork, plan_read
+
+    report = plan_read(repo_id, width, **options)
+    model = load_subnetwork(repo_id, width, **options)
+    return {"class": type(model).__name__, "report": str(report)}
 
 
 @contextlib.contextmanager
@@ -96,7 +111,7 @@ def answer(order, arguments):
         }
 
 
-ORDERS = {"push": push, "push_model": push_model, "pull": pull, "load": load}
+ORDERS = {"push": push, "push_model": push_model, "pull": pull, "load": load, "info": info, "slice": slice_of}
 
 if __name__ == "__main__":
     import time

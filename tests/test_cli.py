@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 
@@ -34,7 +35,7 @@ from hf_spp.comparison.presets import Preset
 from hf_spp.curves.named_data import load_named_data
 from hf_spp.subnetworks import load_subnetwork
 
-COMMANDS = ("demo", "compare", "reorder", "verify", "slice", "curve", "card", "architectures")
+COMMANDS = ("demo", "compare", "reorder", "verify", "push", "pull", "info", "slice", "curve", "card", "architectures")
 BASE_CARD = "---\nlicense: mit\nlanguage: en\nbase_model: someone/tiny-bert\npipeline_tag: fill-mask\n---\n# Tiny\n"
 
 
@@ -358,6 +359,18 @@ def test_verify_refuses_the_orders_of_another_model(reordered):
     model = build_model("bert", num_hidden_layers=3)
     apply_spp(model).save_pretrained(reordered)
     assert "belongs to another model" in refused("verify", reordered)
+
+
+# info
+
+
+def test_info_says_what_a_checkpoint_holds(reordered):
+    text = run("info", reordered).stdout
+    assert re.search(r"^Weights +[\d,]+ \([\d,]+ in F32\), [\d.]+ kB in 1 files", text, flags=re.MULTILINE)
+    assert "Reordering of BertForMaskedLM by l1 (float32)" in text
+    assert re.search(r"^Sums +yes", text, flags=re.MULTILINE)
+    (reordered / "spp_orders.safetensors").unlink()
+    assert "holds no spp_orders.safetensors" in refused("info", reordered)
 
 
 # slice

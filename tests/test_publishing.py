@@ -131,6 +131,43 @@ def test_push_of_a_model_shows_its_evaluation_and_is_the_same_twice(hub, checkpo
     assert "saliency.png" in server.files("tester/shown")
 
 
+def test_prefix_layout_is_pushed_and_used(hub, checkpoints):
+    server, ask = hub
+    order = {"folder": str(checkpoints[0]), "repo_id": "tester/tiers"}
+    assert "layout='tiers' is unknown" in ask("push_model", **order, layout="tiers")["message"]
+    assert ask("push_model", **order, layout="prefix")["error"] is None
+    assert "spp_prefix/index.json" in server.files("tester/tiers")
+    assert ask("slice", repo_id="tester/tiers", width=0.5)["class"] == "ViTForImageClassification"
+    assert any("spp_prefix/model.safetensors" in exchange.path for exchange in server.requests)
+    found = ask("info", repo_id="tester/tiers")
+    assert (found["prefix_layout"], found["summed"], found["files"]) == (True, True, 1)
+    assert found["bytes"] == (checkpoints[0] / "model.safetensors").stat().st_size
+    # New weights without copies make the old ones void.
+    assert ask("push", folder=str(checkpoints[1]), repo_id="tester/tiers")["error"] is None
+    assert is_whole(server.files("tester/tiers"), checkpoints[1])
+
+
+def test_benchmarks_get_entries_beside_those_of_others(hub, checkpoints, tmp_path):
+    server, ask = hub
+    theirs = "- dataset:\n    id: other/data\n    task_id: other\n  value: 1\n"
+    (tmp_path / "repo" / ".eval_results").mkdir(parents=True)
+    (tmp_path / "repo" / ".eval_results" / "hf_spp.yaml").write_text(theirs)
+    server.add_repository("tester/ranked", tmp_path / "repo")
+    order = {
+        "folder": str(checkpoints[0]),
+        "repo_id": "tester/ranked",
+        "benchmarks": {"cifar10": {"dataset_id": "uoft-cs/cifar10", "task_id": "test"}},
+    }
+    for accuracy in (0.9, 0.8):
+        assert ask("push_model", **order, evaluation={"cifar10": {"accuracy": accuracy, "f1": 0.8}})["error"] is None
+        text = server.read("tester/ranked", ".eval_results/hf_spp.yaml").decode()
+        assert text.startswith(theirs)
+        assert text.count("uoft-cs/cifar10") == 1
+        assert f"value: {accuracy}" in text
+    assert ask("push_model", **order)["error"] is None
+    assert server.read("tester/ranked", ".eval_results/hf_spp.yaml").decode() == theirs
+
+
 def test_new_weights_leave_nothing_of_the_old_behind(hub, checkpoints, tmp_path, monkeypatch):
     server, ask = hub
     monkeypatch.setattr("hf_spp.conversion.SHARD_SIZE", "20KB")
