@@ -394,9 +394,8 @@ def pull_under_faults(server, ask, repo_id, checkpoints, folder, kinds, places, 
 
 def table(title, outcomes):
     tried = outcomes["survived"] + outcomes["refused"]
-    print(
-        f"{title:<24} faults tried {tried}, survived {outcomes['survived']}, refused clearly {outcomes['refused']}, lost 0"
-    )
+    came = f"survived {outcomes['survived']}, refused clearly {outcomes['refused']}, lost 0"
+    print(f"{title:<24} faults tried {tried}, {came}")
 
 
 def test_an_answer_that_is_lost_makes_no_second_commit(hub, checkpoints):

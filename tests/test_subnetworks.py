@@ -192,6 +192,33 @@ def test_layers_of_several_widths(name):
         assert relative_difference(outputs_of(small, inputs), outputs_of(model, inputs)) < 1e-12
 
 
+def test_a_view_of_heads_that_the_code_counts_in_the_config():
+    config = transformers.Phi3Config(
+        vocab_size=40, hidden_size=24, intermediate_size=20, num_hidden_layers=2, num_attention_heads=6,
+        num_key_value_heads=2, pad_token_id=0,
+    )  # fmt: skip
+    model = transformers.Phi3Model(config).eval()
+    apply_spp(model)
+    spec, inputs = SubnetworkSpec(heads=1, query_heads=2), {"input_ids": torch.arange(8)[None]}
+    expected = outputs_of(extract_subnetwork(model, spec), inputs)
+    with subnetwork_view(model, spec):
+        assert relative_difference(expected, outputs_of(model, inputs)) < 1e-5
+    assert model.config.num_attention_heads == 6
+    assert all(layer.self_attn.config is model.config for layer in model.layers)
+
+
+def test_heads_that_the_code_takes_from_the_residual_stream_stay_whole():
+    model = transformers.GroupViTTextModel(
+        transformers.GroupViTTextConfig(
+            vocab_size=40, hidden_size=24, intermediate_size=20, num_hidden_layers=2, num_attention_heads=4
+        )
+    )
+    apply_spp(model)
+    with pytest.raises(SubnetworkError, match="GroupViTAttention computes the size of its heads from the residual"):
+        extract_subnetwork(model, SubnetworkSpec(heads=2))
+    assert {name.rpartition(".")[2] for name in SubnetworkSpec.uniform(model, 0.5).widths(model)} == {"ffn"}
+
+
 @pytest.mark.parametrize("name", ["vit", "dinov2", "bert", "llama", "gpt2", "t5"])
 def test_gradients_of_a_view_reach_the_whole_weights(name):
     model, inputs = ordered(name)

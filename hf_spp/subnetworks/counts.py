@@ -33,11 +33,18 @@ RIGID_HEADS = {
     **dict.fromkeys(
         ("BlipAttention", "Blip2Attention", "InstructBlipAttention", "InstructBlipVideoAttention", "MgpstrAttention",
          "TimesformerSelfAttention", "PPOCRV5ServerRecAttention", "PPOCRV5MobileRecAttention",
-         "PPOCRV6SmallRecAttention", "Florence2VisionWindowAttention", "DetrAttention"),
+         "PPOCRV6SmallRecAttention", "Florence2VisionWindowAttention", "DetrAttention", "DabDetrAttention",
+         "EomtAttention", "EomtDinov3Attention", "GroundingDinoMultiheadAttention", "MMGroundingDinoMultiheadAttention",
+         "GroupViTAttention", "HieraMaskUnitAttention", "LEDEncoderSelfAttention", "LongformerSelfAttention",
+         "LxmertAttention", "PegasusXGlobalLocalAttention", "PvtV2SelfAttention", "modeling_fsmt.Attention"),
         _FROM_STREAM,
     ),
+    "Gemma3nAudioAttention": "adds positions of as many heads as the config says",
     "CodeGenAttention": "lays its heads out in four equal parts",
 }  # fmt: skip
 RIGID_MULTIHEAD = _FROM_STREAM
 # Attentions that read the number of their heads from the config whenever they run.
-READ_CONFIG = ("ParakeetEncoderAttention", "FunnelRelMultiheadAttention", "GraniteSpeech5EncoderAttention")
+READ_CONFIG = (
+    "ParakeetEncoderAttention", "FunnelRelMultiheadAttention", "GraniteSpeech5EncoderAttention", "MoonshineAttention",
+    "MoonshineStreamingAttention", "NemotronAsrStreamingEncoderAttention", "Phi3Attention", "Phi4MultimodalAttention",
+)  # fmt: skip

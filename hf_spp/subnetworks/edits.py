@@ -187,11 +187,13 @@ def rigid_groups(model: nn.Module, groups: ChannelMap) -> dict[str, str]:
             continue
         holders = [member.tensor.rpartition(".")[0] for member in group.members]
         for path in (*group.owners, *holders, *(path.rpartition(".")[0] for path in holders)):
-            name = type(modules[path]).__name__
+            kind = type(modules[path])
             if isinstance(modules[path], nn.MultiheadAttention):
-                found[group.name] = f"nn.{name} {counts.RIGID_MULTIHEAD}"
-            elif group.axis == "heads" and name in counts.RIGID_HEADS:
-                found[group.name] = f"{name} {counts.RIGID_HEADS[name]}"
+                found[group.name] = f"nn.{kind.__name__} {counts.RIGID_MULTIHEAD}"
+            # The names of some classes say only in their file which they are.
+            for name in (kind.__name__, f"{kind.__module__.rpartition('.')[2]}.{kind.__name__}"):
+                if group.axis == "heads" and name in counts.RIGID_HEADS:
+                    found[group.name] = f"{name} {counts.RIGID_HEADS[name]}"
     return found
 
 
@@ -255,6 +257,7 @@ def _unit_attributes(
 ) -> Iterator[tuple[str, str, Any]]:
     """New counts in the modules that attend, and that hold neurons, experts and the residual stream."""
     modules = dict(model.named_modules())
+    configs: dict[str, Any] = {}
     for group in groups:
         if group.name not in widths or group.axis in IN_HEAD:
             continue
@@ -266,10 +269,11 @@ def _unit_attributes(
         changes = _counts(group, groups, widths, outer, shapes)
         for path in dict.fromkeys((*group.owners, *holders, *around)):
             if group.axis == "heads" and type(modules[path]).__name__ in counts.READ_CONFIG:
-                config: Any = copy.copy(modules[path].config)
-                for name in counts.QUERY_HEADS:
-                    if name in vars(config):
-                        setattr(config, name, changes[0][2])
+                config = configs.setdefault(path, copy.copy(modules[path].config))
+                for names, before, after in changes:
+                    for name in names:
+                        if getattr(config, name, None) == before:
+                            setattr(config, name, after)
                 yield path, "config", config
             for names, before, after in changes:
                 for name in names:

@@ -174,6 +174,9 @@ def _norms_over(model: Any, groups: ChannelMap, widths: Widths) -> list[str]:
                 name = type(model.get_submodule(member.tensor.rpartition(".")[0])).__name__
                 if member.role == "other" and _NORM.search(name):
                     found.append(name)
+            # Gemma's has no weight, so it is no member.
+            norms = (getattr(model.get_submodule(owner), "v_norm", None) for owner in group.owners)
+            found += [type(norm).__name__ for norm in norms if group.axis == "vo" and norm is not None]
     return list(dict.fromkeys(found))
 
 
