@@ -254,13 +254,14 @@ def copy_missing(files: Mapping[str, Path], folder: Path) -> None:
 
 
 def inside(folder: PathLike, name: str) -> Path:
-    """A file of a folder, links followed; those of the Hugging Face cache lead to the blobs beside its snapshots.
+    """A file of a folder, links followed; those of the Hugging Face cache lead to blobs of the repository or of all.
 
     Raises:
         CheckpointError: The file is a link that leaves the folder.
     """
     home, path = Path(folder).resolve(), (Path(folder) / name).resolve()
-    homes = [home, *(one.parent / "blobs" for one in home.parents if one.name == "snapshots")]
+    repository = next((one.parent for one in home.parents if one.name == "snapshots"), None)
+    homes = [home] if repository is None else [home, repository / "blobs", repository.parent / "blobs"]
     if not any(path.is_relative_to(one) for one in homes):
         raise CheckpointError(
             f"{name} in {folder} is a link to {path}, outside of the folder. Accepted: files of the folder itself. "

@@ -402,10 +402,14 @@ def test_links_out_of_the_folder_are_not_followed(whole, tmp_path):
 def test_links_of_the_cache_are_followed(whole, tmp_path):
     snapshot = tmp_path / "models--a--b" / "snapshots" / ("0" * 40)
     shutil.copytree(whole.folder, snapshot)
-    (snapshot.parent.parent / "blobs").mkdir()
-    (snapshot / SHARD).rename(snapshot.parent.parent / "blobs" / "x")
-    (snapshot / SHARD).symlink_to("../../blobs/x")
-    assert SHARD in check_sums(snapshot)
+    repository = snapshot.parent.parent
+    (repository / "blobs").mkdir()
+    (repository.parent / "blobs").mkdir()
+    for name, blob in ((SHARD, repository / "blobs" / "x"), (INDEX_NAME, repository.parent / "blobs" / "y")):
+        (snapshot / name).rename(blob)
+        (snapshot / name).symlink_to(blob)
+    assert {SHARD, INDEX_NAME} <= set(check_sums(snapshot))
+    assert SHARD in read_weights(snapshot).headers
 
 
 HUGE = """

@@ -255,7 +255,7 @@ def test_results_of_something_else_are_not_replaced(tmp_path):
     ("change", "message"),
     [
         ({"format_version": 99}, "this hf_spp reads up to 1"),
-        ({"rows": [{"width": "50 %"}]}, "Row 0 of the widths lacks kind, parameters"),
+        ({"rows": [{"width": "50 %"}]}, "Row 0 of the widths lacks kind, seed"),
         ({"settings": None}, "settings are missing"),
     ],
 )
