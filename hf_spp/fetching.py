@@ -37,8 +37,8 @@ def fetch_checkpoint(
         repo_or_dir: A folder or a Hub id.
         revision: Branch, tag or commit of a repository.
         token: Hub token.
-        verify: Whether to compare the files with the checkpoint's `SHA256SUMS`. A file of a repository that differs is
-            downloaded once more.
+        verify: Whether to compare the files with the checkpoint's `SHA256SUMS`, if it has such. A file of a repository
+            that differs is downloaded once more.
         whole: Whether to fetch and compare all files, not only those that loading reads.
 
     Raises:
@@ -53,9 +53,10 @@ def fetch_checkpoint(
         ignored = _OTHER_MODELS if whole else _NOT_LOADED
         folder = hub.download_snapshot(repo_id, ignored=ignored, revision=revision, token=token)
     check_reordered(folder, name)
-    if verify and not (folder / SUMS_NAME).is_file():
+    summed = (folder / SUMS_NAME).is_file()
+    if verify and not summed and repo_id is not None:
         logger.warning(f"{name} has no {SUMS_NAME}, so it is not known whether its files are as they were saved.")
-    elif verify:
+    elif verify and summed:
         if repo_id is not None:
             _replace_damaged(repo_id, folder, token, whole=whole)
         check_sums(folder, _compared(folder, whole=whole))

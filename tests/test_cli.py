@@ -113,7 +113,7 @@ def test_debug_shows_the_traceback(words, tmp_path):
 
 
 def test_an_interruption_is_quiet(monkeypatch, tmp_path):
-    def interrupted(folder):
+    def interrupted(folder, **options):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(conversion, "verify_checkpoint", interrupted)
