@@ -237,6 +237,8 @@ class _Files:
         self.scored: Collection[str] = ()
         self._stack, self._progress = stack, progress
         self._open: dict[str, FileIO] = {}
+        # Memory that is used again and again spares the system the making of new pages, which costs as much as reading.
+        self._memory = torch.empty(0, dtype=torch.uint8)
         self._done, self._total = 0, sum(one.nbytes for one in origin.stored.values())
 
     def expect(self, more: int) -> None:
@@ -262,8 +264,16 @@ class _Files:
         one = self.tensors[tensor]
         advise(self.file(tensor).fileno(), one.start, one.nbytes, "WILLNEED")
 
+    def read(self, name: str, *, rows: range | None = None, raw: bool = False) -> Tensor:
+        """A stored tensor, or some rows of it; valid until the next is read."""
+        tensor = self.tensors[name]
+        if self._memory.numel() < tensor.nbytes:
+            self._memory = torch.empty(0, dtype=torch.uint8)
+            self._memory = torch.empty(tensor.nbytes, dtype=torch.uint8)
+        return read_tensor(self.file(name), tensor, rows=rows, raw=raw, memory=self._memory)
+
     def live(self, layout: Layout, dims: Mapping[int, Positions]) -> Tensor:
-        """A tensor of the model, or a block of it, put together from stored ones."""
+        """A tensor of the model, or a block of it, put together from stored ones; valid until the next is read."""
         reads = layout.reads(dims)
         if len(reads) == 1:
             return self._block(reads[0])
@@ -280,10 +290,10 @@ class _Files:
         return cast(Tensor, whole)
 
     def _block(self, read: Read) -> Tensor:
-        stored, index = self.tensors[read.source], dict(read.index)
+        index = dict(read.index)
         rows = index.pop(0, None)
         contiguous = isinstance(rows, range) and rows.step == 1
-        values = read_tensor(self.file(read.source), stored, rows=cast(range, rows) if contiguous else None)
+        values = self.read(read.source, rows=cast(range, rows) if contiguous else None)
         self.advance(values.numel() * values.element_size())
         if rows is not None and not contiguous:
             index[0] = rows
@@ -302,11 +312,10 @@ class _Files:
             yield from self._gathered(name, self.origin.names.gather(name, indices), after)
 
     def _gathered(self, name: str, gather: Gather, after: str | None) -> Iterator[memoryview]:
-        # One tensor's values go with this call, before those of the next come.
         source = self.tensors[gather.source]
         unchecked = name not in self.scored and source.dtype in ("F64", "F32", "F16", "BF16")
         if gather.dims or unchecked:
-            values = read_tensor(self.file(gather.source), source, raw=True)
+            values = self.read(gather.source, raw=True)
             if unchecked:
                 check_finite({name: values.view(source.torch_dtype)})
             gather_tensors({name: values}, {name: gather.dims})
