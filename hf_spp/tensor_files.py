@@ -86,6 +86,11 @@ class StoredTensor:
         return self.stop - self.start
 
     @property
+    def is_whole_bytes(self) -> bool:
+        """Whether every element takes whole bytes."""
+        return _DTYPES[self.dtype][0] % 8 == 0
+
+    @property
     def itemsize(self) -> int:
         """Bytes of an element.
 
@@ -310,21 +315,33 @@ def open_tensors(path: PathLike) -> Iterator[FileIO]:
         yield file
 
 
-def read_tensor(file: FileIO, tensor: StoredTensor, *, rows: range | None = None, raw: bool = False) -> Tensor:
-    """Read one tensor of an open safetensors file into memory of its own.
+def read_tensor(
+    file: FileIO,
+    tensor: StoredTensor,
+    *,
+    rows: range | None = None,
+    raw: bool = False,
+    memory: Tensor | None = None,
+) -> Tensor:
+    """Read one tensor of an open safetensors file.
 
     Args:
         file: The file, opened for reading bytes.
         tensor: The tensor.
         rows: The part of its first dimension to read, one after another; None means all.
         raw: Whether to give its elements as integers of the same size, which every type of whole bytes can be.
+        memory: Bytes to read it into, uint8, at least as many as it has; None takes new memory, which costs more.
 
     Raises:
         CheckpointError: The file ends too early.
         UnsupportedModelError: torch has no such type.
     """
     dtype = tensor.raw_dtype if raw else tensor.torch_dtype
-    values = torch.empty(tensor.shape if rows is None else (len(rows), *tensor.shape[1:]), dtype=dtype)
+    shape = tensor.shape if rows is None else (len(rows), *tensor.shape[1:])
+    if memory is None:
+        values = torch.empty(shape, dtype=dtype)
+    else:
+        values = memory[: math.prod(shape) * tensor.itemsize].view(dtype).view(shape)
     before = 0 if rows is None else rows.start * math.prod(tensor.shape[1:]) * tensor.itemsize
     file.seek(tensor.start + before)
     _read_into(file, memoryview(_bytes_of(values)), tensor.name)
