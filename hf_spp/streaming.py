@@ -7,11 +7,10 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from io import FileIO
-from itertools import cycle, pairwise, zip_longest
+from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import Any, cast
 
@@ -64,7 +63,6 @@ _LEFT_OUT = (
 # What is fetched from the Hub besides weights.
 _FETCHED = (*COMPANIONS, "*.json", "*.txt", "*.jinja")
 _MANIFEST = "manifest.json"
-_SMALL = 256 << 20
 
 
 def reorder_checkpoint(
@@ -240,8 +238,7 @@ class _Files:
         self._stack, self._progress = stack, progress
         self._open: dict[str, FileIO] = {}
         # Memory that is used again and again spares the system the making of new pages, which costs as much as reading.
-        self._memory: dict[str, Tensor] = {}
-        self._turns = cycle(("one", "other"))
+        self._memory = torch.empty(0, dtype=torch.uint8)
         self._done, self._total = 0, sum(one.nbytes for one in origin.stored.values())
 
     def expect(self, more: int) -> None:
@@ -268,15 +265,12 @@ class _Files:
         advise(self.file(tensor).fileno(), one.start, one.nbytes, "WILLNEED")
 
     def read(self, name: str, *, rows: range | None = None, raw: bool = False) -> Tensor:
-        """A stored tensor, or some rows of it; valid until the next is read, a small one until the next but one."""
+        """A stored tensor, or some rows of it; valid until the next is read."""
         tensor = self.tensors[name]
-        place = next(self._turns) if tensor.nbytes <= _SMALL else "large"
-        memory = self._memory.get(place)
-        if memory is None or memory.numel() < tensor.nbytes:
-            del memory
-            self._memory.pop(place, None)
-            self._memory[place] = memory = torch.empty(tensor.nbytes, dtype=torch.uint8)
-        return read_tensor(self.file(name), tensor, rows=rows, raw=raw, memory=memory)
+        if self._memory.numel() < tensor.nbytes:
+            self._memory = torch.empty(0, dtype=torch.uint8)
+            self._memory = torch.empty(tensor.nbytes, dtype=torch.uint8)
+        return read_tensor(self.file(name), tensor, rows=rows, raw=raw, memory=self._memory)
 
     def live(self, layout: Layout, dims: Mapping[int, Positions]) -> Tensor:
         """A tensor of the model, or a block of it, put together from stored ones; valid until the next is read."""
@@ -314,40 +308,25 @@ class _Files:
         Raises:
             NonFiniteWeightsError: One holds NaN or infinity, and was not found to be finite before.
         """
-        with ThreadPoolExecutor(1) as beside:
-            ready: Future[Tensor] | None = None
-            for name, after in zip_longest(names, names[1:]):
-                gather = self.origin.names.gather(name, indices)
-                if ready is not None:
-                    pieces = pieces_of(ready.result())
-                elif gather.dims or self._is_unchecked(name) or self._is_small(name):
-                    pieces = pieces_of(self._gathered(name, gather))
-                else:
-                    pieces = copy_pieces(self.file(gather.source), self.tensors[gather.source])
-                ready = None
-                if after is not None and self._is_small(name) and self._is_small(after):
-                    # The next one is read and moved while this one is written.
-                    ready = beside.submit(self._gathered, after, self.origin.names.gather(after, indices))
-                elif after is not None:
-                    self.announce(after)
-                for piece in pieces:
-                    yield piece
-                    self.advance(len(piece))
-                pieces = iter(())
+        for name, after in zip_longest(names, names[1:]):
+            yield from self._gathered(name, self.origin.names.gather(name, indices), after)
 
-    def _gathered(self, name: str, gather: Gather) -> Tensor:
-        values = self.read(gather.source, raw=True)
-        if self._is_unchecked(name):
-            check_finite({name: values.view(self.tensors[name].torch_dtype)})
-        gather_tensors({name: values}, {name: gather.dims})
-        return values
-
-    def _is_unchecked(self, name: str) -> bool:
-        return name not in self.scored and self.tensors[name].dtype in ("F64", "F32", "F16", "BF16")
-
-    def _is_small(self, name: str) -> bool:
-        """Whether two like this may be in memory at once; elements below a byte are copied as they come."""
-        return self.tensors[name].nbytes <= _SMALL and self.tensors[name].is_whole_bytes
+    def _gathered(self, name: str, gather: Gather, after: str | None) -> Iterator[memoryview]:
+        source = self.tensors[gather.source]
+        unchecked = name not in self.scored and source.dtype in ("F64", "F32", "F16", "BF16")
+        if gather.dims or unchecked:
+            values = self.read(gather.source, raw=True)
+            if unchecked:
+                check_finite({name: values.view(source.torch_dtype)})
+            gather_tensors({name: values}, {name: gather.dims})
+            pieces = pieces_of(values)
+        else:
+            pieces = copy_pieces(self.file(gather.source), source)
+        if after is not None:
+            self.announce(after)
+        for piece in pieces:
+            yield piece
+            self.advance(len(piece))
 
 
 class _LiveTensors(Mapping[str, Any]):

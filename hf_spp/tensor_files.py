@@ -86,11 +86,6 @@ class StoredTensor:
         return self.stop - self.start
 
     @property
-    def is_whole_bytes(self) -> bool:
-        """Whether every element takes whole bytes."""
-        return _DTYPES[self.dtype][0] % 8 == 0
-
-    @property
     def itemsize(self) -> int:
         """Bytes of an element.
 
