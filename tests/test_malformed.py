@@ -459,7 +459,12 @@ def test_claims_of_size_take_no_memory(whole, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(whole.folder, folder)
     run = subprocess.run(
-        [sys.executable, "-c", HUGE, str(folder)], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", HUGE, str(folder)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
     assert run.returncode == 0, run.stderr[-2000:]
     refused, megabytes = map(int, run.stdout.split()[-2:])
