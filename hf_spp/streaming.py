@@ -47,6 +47,7 @@ from .tensor_files import (
     pieces_of,
     read_tensor,
     read_weights,
+    return_large_memory,
     write_tensors,
 )
 from .transform import Plan, describe, select
@@ -111,6 +112,7 @@ def reorder_checkpoint(
     config = _checked_settings(config, reordering)
     place = Path(os.path.realpath(target))
     folders.check_replaceable(place, overwrite=overwrite)
+    return_large_memory()
     if reordering is not None and not isinstance(reordering, Reordering):
         reordering = Reordering.from_pretrained(reordering)
     origin = _open(source)

@@ -4,10 +4,12 @@ A header states where every tensor lies. Nothing of it is trusted: sizes, types,
 byte of data is touched. `checkpoint` reads and writes small files whole; the files of large models go through here.
 """
 
+import ctypes
 import hashlib
 import json
 import math
 import os
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -32,6 +34,8 @@ _LARGEST_INDEX = 1 << 28
 _LARGEST_FILE = 1 << 62
 _MOST_DIMS = 32
 _PIECE = 16 << 20
+# What glibc calls the size from which memory comes from the system itself.
+_MMAP_THRESHOLD, _LARGE = -3, 1 << 20
 _AHEAD = 128 << 20
 
 # Bits of an element, and what torch calls it where it has it.
@@ -417,6 +421,16 @@ def advise(descriptor: int, start: int, count: int, what: str) -> None:
     """Tell the system how a part of a file will be used, where it wants to know; a count of 0 is to its end."""
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(descriptor, start, count, getattr(os, f"POSIX_FADV_{what}"))
+
+
+def return_large_memory() -> None:
+    """Let this process give large pieces of memory back to the system as soon as they are free.
+
+    Otherwise glibc takes more and more of them from the heaps of its threads, which only grow.
+    """
+    library: Any = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(library, "mallopt"):
+        library.mallopt(_MMAP_THRESHOLD, _LARGE)
 
 
 def _read_into(file: FileIO, target: memoryview, name: str) -> None:
