@@ -12,7 +12,7 @@ from .fetching import check_reordered
 from .loading import check_folder, load_config
 from .orders_file import ORDERS_NAME
 from .reordering import Reordering
-from .subnetworks.loading import WIDTHS_FOLDER
+from .subnetworks.loading import published_widths
 from .subnetworks.prefix_layout import PREFIX_INDEX
 from .subnetworks.record import RECORD_NAME
 from .subnetworks.weight_files import open_folder, open_repository
@@ -89,7 +89,7 @@ def inspect_checkpoint(
         len(weights.sizes),
         sum(weights.sizes),
         dtypes,
-        tuple(sorted(Path(one).stem for one in names if Path(one).match(f"{WIDTHS_FOLDER}/*.safetensors"))),
+        tuple(published_widths(names)),
         PREFIX_INDEX in names,
         SUMS_NAME in names,
     )

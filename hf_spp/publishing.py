@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -213,11 +212,9 @@ def pull(
     folders.check_replaceable(target, overwrite=overwrite)
     source = fetch_checkpoint(repo_id, revision=revision, token=token, whole=True)
     with folders.replacing_folder(target, overwrite=overwrite) as folder:
-        for path in source.rglob("*"):
-            name = path.relative_to(source)
-            if path.is_file() and name.as_posix() != ".gitattributes":
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, folder / name)
+        files = {path.relative_to(source).as_posix(): path for path in source.rglob("*") if path.is_file()}
+        files.pop(".gitattributes", None)
+        checkpoint.copy_missing(files, folder)
         check_checkpoint(folder)
     return Path(target)
 

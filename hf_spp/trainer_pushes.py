@@ -9,12 +9,12 @@ from transformers import Trainer
 
 from . import checkpoint
 from .cards.published_card import carry_over
+from .cards.training_card import CARD_NAME
 from .cards.width_section import keep_widths
 from .orders_file import ORDERS_NAME
 from .saving import replacing_checkpoint
 from .sums import files_of, write_list, write_sums
 
-CARD_NAME = "README.md"
 # What Trainer copies from a checkpoint into the folder that it pushes, and what belongs to it.
 _COPIED = ("model", "config.json", "generation_config.json", "spp_")
 

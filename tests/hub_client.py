@@ -38,6 +38,26 @@ def client(server, token="write", xet=False, **variables):
         process.stdout.close()
 
 
+@contextlib.contextmanager
+def scripted(server, script, token):
+    """Start a process that runs a script; gives the function that sends it a line of JSON and gives its answer."""
+    with (server.folder / "errors.txt").open("w") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-c", script], env=server.environment(token), text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
+        )  # fmt: skip
+
+        def run(**command):
+            process.stdin.write(json.dumps(command, default=str) + "\n")
+            process.stdin.flush()
+            line = process.stdout.readline()
+            assert line, (server.folder / "errors.txt").read_text()
+            return json.loads(line)
+
+        with process:
+            yield run
+
+
 def push(folder, repo_id, **options):
     from hf_spp.publishing import push_checkpoint
 

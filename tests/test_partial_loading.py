@@ -5,13 +5,13 @@ import json
 import shutil
 import subprocess
 import sys
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import torch
 import zoo
 from conftest import build_inputs, build_model, model_class, outputs_of, relative_difference
+from hub_client import scripted
 from hub_server import serving
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -323,22 +323,7 @@ for line in sys.stdin:
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
     """A server, and a function that lets a client load a slice."""
-    with serving(tmp_path_factory.mktemp("hub")) as server, ExitStack() as stack:
-        errors = stack.enter_context((server.folder / "errors.txt").open("w"))
-        process = stack.enter_context(
-            subprocess.Popen(
-                [sys.executable, "-c", CLIENT], env=server.environment(None), text=True,
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
-            )
-        )  # fmt: skip
-
-        def run(**command):
-            process.stdin.write(json.dumps(command, default=str) + "\n")
-            process.stdin.flush()
-            line = process.stdout.readline()
-            assert line, (server.folder / "errors.txt").read_text()
-            return json.loads(line)
-
+    with serving(tmp_path_factory.mktemp("hub")) as server, scripted(server, CLIENT, None) as run:
         yield server, run
         assert server.violations == []
 

@@ -1,15 +1,12 @@
 """Byte ranges: which a cut keeps, which are read as one, and how they come from a Hub that fails."""
 
 import itertools
-import json
 import os
 import shutil
-import subprocess
-import sys
-from contextlib import ExitStack
 
 import pytest
 import torch
+from hub_client import scripted
 from hub_server import serving
 from hypothesis import given
 from hypothesis import strategies as st
@@ -119,22 +116,7 @@ SPREAD = [(0, 1000), (100_000, 101_000), (101_500, 102_000), (900_000, SIZE)]
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
     """A server, and a function that lets the client run a command."""
-    with serving(tmp_path_factory.mktemp("hub")) as server, ExitStack() as stack:
-        errors = stack.enter_context((server.folder / "errors.txt").open("w"))
-        process = stack.enter_context(
-            subprocess.Popen(
-                [sys.executable, "-c", CLIENT], env=server.environment("read"), text=True,
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
-            )
-        )  # fmt: skip
-
-        def run(**command):
-            process.stdin.write(json.dumps(command, default=str) + "\n")
-            process.stdin.flush()
-            line = process.stdout.readline()
-            assert line, (server.folder / "errors.txt").read_text()
-            return json.loads(line)
-
+    with serving(tmp_path_factory.mktemp("hub")) as server, scripted(server, CLIENT, "read") as run:
         yield server, run
         assert server.violations == []
 

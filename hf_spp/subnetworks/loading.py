@@ -7,7 +7,7 @@ the projections that compensation refitted. All other weights are prefixes of th
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,6 +86,11 @@ def save_width(save_directory: str | os.PathLike[str], name: str, subnetwork: An
     path = checkpoint.write_bytes(_path_of(Path(save_directory), name), data)
     renew_sums(save_directory, [path.relative_to(save_directory).as_posix()])
     return path
+
+
+def published_widths(files: Iterable[str]) -> list[str]:
+    """Names of the widths that are published among the files of a checkpoint."""
+    return sorted(Path(name).stem for name in files if Path(name).match(f"{WIDTHS_FOLDER}/*.safetensors"))
 
 
 def load_subnetwork(
@@ -228,7 +233,7 @@ class _Source:
     def widths(self) -> list[str]:
         """Names of the published widths."""
         names = hub.list_files(self.name if self.is_remote else self.folder, self.folder.name, self.token)
-        return sorted(Path(name).stem for name in names if Path(name).match(f"{WIDTHS_FOLDER}/*.safetensors"))
+        return published_widths(names)
 
 
 @dataclass(frozen=True)
