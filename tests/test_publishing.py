@@ -243,9 +243,7 @@ def test_load_from_the_cache_when_offline(hub, checkpoints, tmp_path):
     assert ask("pull", repo_id="tester/cached", target=target, cache=order["cache"])["error"] is None
 
 
-@pytest.mark.parametrize(
-    "strategy", ["every_save", *(pytest.param(name, marks=pytest.mark.slow) for name in STRATEGIES)]
-)
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_trainer_pushes_whole_states(strategy, tmp_path):
     """Every commit of a run holds weights with their own orders; the card keeps both parts, the sums hold."""
     script = Path(__file__).parent / "pushed_training.py"
