@@ -47,7 +47,7 @@ def push_to_hub(
     model: PreTrainedModel,
     reordering: Reordering,
     *,
-    evaluation: Evaluation | None = None,
+    evaluation: Evaluation | Sequence[Evaluation] | None = None,
     benchmarks: Mapping[str, Benchmark] | None = None,
     processing_class: Any = None,
     fine_tuned: bool = False,
@@ -69,7 +69,8 @@ def push_to_hub(
         model: The reordered model, without adapters.
         reordering: What was done to it.
         evaluation: What the card shows: metrics of this model by data set, such as `{"cifar10": {"accuracy": 0.967}}`
-            (fractions), the results of `compare_methods`, or the report of `width_report`.
+            (fractions), the results of `compare_methods`, the report of `width_report`, or a report beside one of the
+            others, in a list.
         benchmarks: By data set of the evaluation, the task of a benchmark on the Hub that it is; those results also
             become entries of `.eval_results/`, which fill the benchmark's leaderboard.
         processing_class: Tokenizer, image processor or processor, saved beside the model.
@@ -100,11 +101,12 @@ def push_to_hub(
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / repo_id.rpartition("/")[2]
         folder.mkdir()
-        rows = _lay_results(folder, evaluation)
+        report, results = _told_apart(evaluation)
+        rows = _lay_results(folder, results)
         write_checkpoint(folder, model, reordering, processing_class=processing_class, rows=rows, fine_tuned=fine_tuned)
-        if isinstance(evaluation, WidthReport):
-            evaluation.add_to_card(folder)
-        shown = [*rows, *(evaluation.rows if isinstance(evaluation, ComparisonResults) else ())]
+        if report is not None:
+            report.add_to_card(folder)
+        shown = [*rows, *(results.rows if isinstance(results, ComparisonResults) else ())]
         options = _Options(commit_message, private, revision, create_pr, token)
         return _push(folder, repo_id, layout, options, lambda theirs: _entries(shown, theirs, benchmarks or {}))
 
@@ -259,14 +261,29 @@ def _card_of(folder: Path, scratch: Path) -> str:
     return published_card(checkpoint.read_text(write_card(scratch)), text)
 
 
-def _lay_results(folder: Path, evaluation: Evaluation | None) -> list[Row]:
+def _told_apart(
+    evaluation: Evaluation | Sequence[Evaluation] | None,
+) -> tuple[WidthReport | None, Mapping[str, Mapping[str, float]] | ComparisonResults | None]:
+    """The report of widths, and what was measured of the whole model."""
+    given: list[Any] = list(evaluation) if isinstance(evaluation, list | tuple) else [evaluation]
+    reports = [one for one in given if isinstance(one, WidthReport)]
+    others = [one for one in given if not isinstance(one, WidthReport)]
+    if len(reports) > 1 or len(others) > 1:
+        raise CardError(
+            f"evaluation holds {len(reports)} width reports and {len(others)} other results. Accepted: one of each at "
+            "most. Put metrics of several data sets into one dict."
+        )
+    return next(iter(reports), None), next(iter(others), None)
+
+
+def _lay_results(folder: Path, evaluation: Mapping[str, Mapping[str, float]] | ComparisonResults | None) -> list[Row]:
     """Lay the results of a comparison into a folder, or give those of the model itself as rows."""
     if isinstance(evaluation, ComparisonResults):
         for name in (RESULTS_NAME, *PLOTS.values()):
             if (evaluation.output_dir / name).is_file():
                 checkpoint.copy_file(evaluation.output_dir / name, folder / name)
         return []
-    if evaluation is None or isinstance(evaluation, WidthReport):
+    if evaluation is None:
         return []
     if not isinstance(evaluation, Mapping) or not all(isinstance(one, Mapping) for one in evaluation.values()):
         raise CardError(

@@ -64,9 +64,11 @@ def push(folder, repo_id, **options):
     return vars(push_checkpoint(folder, repo_id, **options))
 
 
-def push_model(folder, repo_id, benchmarks=None, **options):
-    from hf_spp import Benchmark, load_reordered, push_to_hub
+def push_model(folder, repo_id, benchmarks=None, widths=None, **options):
+    from hf_spp import Benchmark, WidthReport, load_reordered, push_to_hub
 
+    if widths is not None:
+        options["evaluation"] = [WidthReport.load(one) for one in widths] + options.get("evaluation", [])
     options["benchmarks"] = {name: Benchmark(**one) for name, one in (benchmarks or {}).items()}
     return vars(push_to_hub(repo_id, *load_reordered(folder), **options))
 

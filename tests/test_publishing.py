@@ -19,7 +19,16 @@ from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForImageClassification
 
-from hf_spp import OrdersError, Reordering, SPPConfig, UnsupportedModelError, apply_spp, push_to_hub
+from hf_spp import (
+    OrdersError,
+    Reordering,
+    SPPConfig,
+    UnsupportedModelError,
+    apply_spp,
+    load_reordered,
+    push_to_hub,
+    width_report,
+)
 from hf_spp.conversion import write_checkpoint
 from hf_spp.sums import check_sums
 
@@ -172,6 +181,22 @@ def test_benchmarks_get_entries_beside_those_of_others(hub, checkpoints, tmp_pat
         assert f"value: {accuracy}" in text
     assert ask("push_model", **order)["error"] is None
     assert server.read("tester/ranked", ".eval_results/hf_spp.yaml").decode() == theirs
+
+
+def test_widths_beside_other_results(hub, checkpoints, tmp_path):
+    server, ask = hub
+    model, _ = load_reordered(checkpoints[0])
+    batches = [{"pixel_values": torch.randn(4, 3, 12, 12), "labels": torch.arange(4) % 2}]
+    width_report(model, batches, 0.5, latency_runs=0, output_dir=tmp_path / "widths")
+    order = {"folder": str(checkpoints[0]), "repo_id": "tester/both", "widths": [str(tmp_path / "widths")]}
+    results = [{"cifar10": {"accuracy": 0.5, "f1": 0.25}}]
+    assert ask("push_model", **order, evaluation=results)["error"] is None
+    found = server.files("tester/both")
+    card = found["README.md"].decode()
+    assert "## Widths" in card
+    assert "50.00 / 25.00" in card
+    assert "widths_parameters.png" in found
+    assert "1 width reports and 2 other results" in ask("push_model", **order, evaluation=results * 2)["message"]
 
 
 def test_new_weights_leave_nothing_of_the_old_behind(hub, checkpoints, tmp_path, monkeypatch):

@@ -71,6 +71,10 @@ def test_a_curve_is_deterministic_and_follows_the_data():
     assert quality_curve(rows(), "parameters") != quality_curve(moved, "parameters")
 
 
+def test_a_model_that_is_never_right_has_a_curve():
+    assert quality_curve(rows(metrics={"accuracy": 0.0}), "parameters").startswith(b"\x89PNG")
+
+
 def test_compensated_and_plain_lines_are_told_apart():
     both = picture(quality_curve(rows(("compensated", "plain")), "parameters"))
     one = picture(quality_curve(rows(("compensated",)), "parameters"))

@@ -201,7 +201,7 @@ def _scale(axes: Axes, rows: Sequence[Row], metric: str) -> None:
     axes.grid(color=FAINT, linewidth=0.6, zorder=0)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=7))
     if metric in PERCENT:
-        axes.set_ylim(0, 1.12 * max(values))
+        axes.set_ylim(0, 1.12 * max(values) or 1.0)
         axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10]))
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     elif min(values) > 0 and max(values) > _WIDE * min(values):
