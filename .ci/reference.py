@@ -1,0 +1,23 @@
+"""Writes the API reference from the docstrings, as HTML pages: `python .ci/reference.py FOLDER`."""
+
+import sys
+from pathlib import Path
+
+import pdoc
+
+import hf_spp
+
+# What the README and the examples import from.
+MODULES = (
+    "hf_spp",
+    r"!hf_spp\.",
+    "hf_spp.assets",
+    "hf_spp.cards.eval_entries",
+    "hf_spp.comparison.images",
+    "hf_spp.comparison.metrics",
+)
+
+for name in hf_spp.__all__:
+    getattr(hf_spp, name)  # The package imports a name when it is first used, and pdoc does not ask for it.
+pdoc.render.configure(docformat="google", show_source=False)
+pdoc.pdoc(*MODULES, output_directory=Path(sys.argv[1]))
