@@ -46,10 +46,10 @@ class ElasticTrainer(Trainer):
     and backward pass for each width. Outputs that are learnt from are logits (the Kullback-Leibler divergence,
     scaled by the squared temperature, where labels are not -100; the squared error for regressions) or, for models
     without them, the last hidden state (the squared error where tokens are not padded). Override `distillation_loss`
-    for others, and pass `compute_loss_func` for another loss of the labels.
+    for others, and pass `compute_loss_func=...` for another loss of the labels.
 
-    `evaluate` gives the metrics of the full model as usual, those of a sub-network as `eval_width_0.5_accuracy`, and
-    the time of all of them. `metric_for_best_model` may be any of these.
+    An evaluation gives the metrics of the full model as usual, those of a sub-network as `eval_width_0.5_accuracy`,
+    and the time of all of them. `metric_for_best_model` may be any of these.
 
     Args:
         model: The model, plain or for DistributedDataParallel; none with adapters.
@@ -61,7 +61,7 @@ class ElasticTrainer(Trainer):
         distillation: What part of a sub-network's loss is that of learning from the full model; the rest is that of
             the labels.
         temperature: What logits are divided by when they are learnt from.
-        eval_widths: The widths that `evaluate` goes through; None means all of `widths`.
+        eval_widths: The widths that an evaluation goes through; None means all of `widths`.
         kwargs: As for `Trainer`.
 
     Attributes:

@@ -16,6 +16,13 @@ FAMILIES_FILE = Path(__file__).with_name("families.json")
 FORMAT_VERSION = 1
 README_MARKS = ("<!-- families: written by `python -m hf_spp.support --write` -->", "<!-- end of families -->")
 ABSENT = "–"
+# What the README shows of the table before all of it.
+WELL_KNOWN = (
+    "albert", "bart", "beit", "bert", "bloom", "clip", "convnext", "deberta-v2", "deepseek_v3", "deit", "dinov2",
+    "dinov3_vit", "distilbert", "electra", "falcon", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "gpt_oss", "hubert",
+    "llama", "llava", "mamba", "mistral", "mixtral", "modernbert", "opt", "phi3", "qwen2", "qwen2_5_vl", "qwen3",
+    "qwen3_moe", "qwen3_next", "roberta", "siglip", "swin", "t5", "vit", "wav2vec2", "whisper",
+)  # fmt: skip
 # In a reason, what differs between models and not the reason itself: sizes, and names of parameters and modules.
 _SPECIFIC = re.compile(
     r"\[[^\]]*\]|(?<=explains )[^;]+|(?<=parameter )(?!and |of |is )\S+|(?<=argument )\S+|^\w+(?= (?:does not|is a) )|"
@@ -100,24 +107,37 @@ class Families:
         """The README's section, with its marks."""
         whole = self.whole()
         rows = self.rows(whole)
+        known = self.rows(name for name in WELL_KNOWN if name in self.families)
         nothing = [name for name in whole if not self.families[name].verdicts]
         shared = [row for row in rows if len(row[1]) > 1 and row[1] != nothing]
         alone = [row for row in rows if len(row[1]) == 1 and row[1] != nothing]
-        used = _reason_numbers(cells for cells, _ in shared)
-        first = max(used, default=0)
+        first = max(_reason_numbers(cells for cells, _ in shared), default=0)
         lines = [
             README_MARKS[0],
             "",
-            f"Resolved on the meta device from the default config of each of the {len(self.families)} model types of "
-            f"transformers {self.transformers} that can be built, with a task head where there is one; other settings "
-            f"may give other verdicts. `part` is in some layers or towers and not in others, `{ABSENT}` no such "
-            "channels; numbers are the reasons below. "
+            f"Some of the {len(self.families)} model types of transformers {self.transformers} that can be built. "
+            f"`part` is in some layers or towers and not in others, `{ABSENT}` no such channels; a "
+            "model in which nothing may move raises.",
+            "",
+            *self._table(known),
+            "",
+            *(
+                f"- [{number}] {self.reasons[number - 1]}"
+                for number in sorted(_reason_numbers(row for row, _ in known))
+            ),
+            "",
+            "All types, resolved on the meta device from their default configs, with a task head where there is one. "
+            "Other settings may give other verdicts. "
             f"{len(self.families) - len(whole)} types exist only inside another one and are judged in it; "
             "`hf-spp architectures --filter` prints these too.",
+            "",
+            f"<details><summary>{sum(len(names) for _, names in shared)} families, by equal verdicts</summary>",
             "",
             *self._table(shared),
             "",
             *(f"{number}. {reason}" for number, reason in enumerate(self.reasons[:first], 1)),
+            "",
+            "</details>",
             "",
             f"<details><summary>{len(alone)} families with verdicts of their own</summary>",
             "",
