@@ -6,6 +6,7 @@ Blocks that need a Hub get the local one, with the user `tester` in place of `my
 
 import ast
 import configparser
+import functools
 import re
 import shlex
 import subprocess
@@ -28,7 +29,7 @@ from test_hub_experiment import DATASETS, MODEL, add_dataset
 from transformers import AutoModel, BertTokenizerFast, ViTImageProcessor
 from typer.main import get_command
 
-from hf_spp import Reordering, SPPConfig, apply_spp, load_reordered
+from hf_spp import Reordering, apply_spp, load_reordered
 from hf_spp.cli import app
 from hf_spp.support.families import load_families
 
@@ -126,7 +127,7 @@ def chosen(names, printed):
 def halved(names, printed):
     whole, small = names["model"].num_parameters(), names["small"].num_parameters()
     assert 0.4 < small / whole < 0.6
-    assert "ffn" in printed
+    assert "% of the model's parameters" in printed
     assert Path("vit-half/model.safetensors").is_file()
 
 
@@ -137,7 +138,8 @@ def viewed(names, printed):
 
 
 def reported(names, printed):
-    assert [row for row in printed.splitlines() if row.startswith("| 0.5")]
+    widths = [row.split(" | ")[0].strip("| ") for row in printed.splitlines() if row.startswith("|")]
+    assert widths == ["Width", ":---", "full", "25 %", "50 %", "75 %"]
     assert Path("vit-widths/results.json").is_file()
 
 
@@ -147,7 +149,8 @@ def trained(names, printed):
 
 
 def scheduled(names, printed):
-    assert (names["callback"].strategy, names["callback"].every) == ("steps", 500)
+    schedule = names["callback"].schedule
+    assert (schedule.strategy, schedule.every, schedule.min_change) == ("steps", 500, 0.01)
 
 
 def trained_elastic(names, printed):
@@ -347,7 +350,7 @@ processor, reordering = ViTImageProcessor.from_pretrained("vit"), apply_spp(mode
     )
     assert run.returncode == 0, run.stderr
     assert run.stdout.splitlines()[-1] == "True 32"
-    assert b"0.967" in hub.read("tester/vit-spp", "README.md") or b"96.7" in hub.read("tester/vit-spp", "README.md")
+    assert b"0.967" in hub.read("tester/vit-spp", "README.md")
 
 
 @pytest.mark.slow
@@ -401,16 +404,21 @@ def test_the_demo_runs(tmp_path):
         [Path(sys.executable).with_name("hf-spp"), "demo", "--quick"], cwd=tmp_path, capture_output=True, text=True
     )
     assert run.returncode == 0, run.stderr
-    assert re.search(r"Original +\S* *77\.31", run.stdout) or "77.3" in run.stdout
-    assert (tmp_path / "spp-demo" / "results.json").is_file()
+    assert "Pruning-Rank" in run.stdout
+    assert {"results.json", "README.md", "accuracy.png", "checkpoint"} <= {path.name for path in tmp_path.glob("*/*")}
+
+
+# By command that no block can run, as it does not end, the file of the test that runs it.
+RUN_ELSEWHERE: dict[str, str] = {}
 
 
 def test_the_table_of_commands_lists_those_there_are_and_each_is_run():
     rows = re.findall(r"^\| `hf-spp (\w+)", README, flags=re.MULTILINE)
     assert sorted(rows) == sorted(get_command(app).commands)
     code = "".join(block.code for block in BLOCKS.values() if block.language == "bash")
-    run = set(re.findall(r"(?:^|&& )hf-spp (\w+)", code, flags=re.MULTILINE))
-    assert run == set(rows)
+    run = re.findall(r"(?:^|&& )hf-spp (\w+)", code, flags=re.MULTILINE)
+    assert {*run, *RUN_ELSEWHERE} == set(rows)
+    assert all((ROOT / "tests" / name).is_file() for name in RUN_ELSEWHERE.values())
 
 
 # What it says
@@ -431,6 +439,17 @@ def test_the_comparison_counts_the_types_that_can_be_reordered():
     assert f"[{len(moving)} of {len(table.families)} model types]" in README
 
 
+def test_figures_in_the_text_stand_in_the_tables():
+    """Beside those that benchmarks write, the text names figures, which must not grow old."""
+    tables = "".join(re.findall(r"<!-- \S+/\S+ -->.*?<!-- end -->", README, flags=re.DOTALL))
+    known = set(re.findall(r"\d+\.\d", tables))
+    for start, end in (("In short, as means over three seeds:", "!["), ("Take another one if", "## ")):
+        named = re.findall(r"\b\d+\.\d\b", README.partition(start)[2].partition(end)[0])
+        assert named
+        assert set(named) <= known
+
+
+@functools.cache
 def raised_messages():
     """By class of error, the texts that the package raises it with; each value in them is a `…`."""
     found = {}

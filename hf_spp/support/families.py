@@ -116,8 +116,7 @@ class Families:
             README_MARKS[0],
             "",
             f"Some of the {len(self.families)} model types of transformers {self.transformers} that can be built. "
-            f"`part` is in some layers or towers and not in others, `{ABSENT}` no such channels; a "
-            "model in which nothing may move raises.",
+            f"`part` is in some layers or towers and not in others, `{ABSENT}` no such channels.",
             "",
             *self._table(known),
             "",
