@@ -91,7 +91,7 @@ def test_what_readme_and_examples_import_is_documented(pages):
 
 
 def test_links_lead_somewhere(pages):
-    outside = set()
+    reached, outside = {"hf_spp.html"}, set()
     for name, page in pages.items():
         for link in page.links:
             parts = urlsplit(link)
@@ -103,6 +103,9 @@ def test_links_lead_somewhere(pages):
             assert target in pages, f"{name} links to {link}, which does not exist"
             if parts.fragment:
                 assert unquote(parts.fragment) in pages[target].anchors, f"{name} links to {link}: no such anchor"
+            if name == "hf_spp.html":
+                reached.add(target)
+    assert reached == pages.keys() - {"index.html"}
     assert outside == {"https://pdoc.dev"}
 
 
