@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import (
     AdapterError,
+    AppError,
     AssetError,
     CalibrationError,
     CallbackError,
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AdapterError",
+    "AppError",
     "AssetError",
     "AttentionPattern",
     "Benchmark",

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from . import hub_commands
-from .command_group import FAILED, Commands, Overwrite, Reordered, Revision, examples
+from . import app_command, hub_commands
+from .command_group import FAILED, WIDTHS_FOLDER, Commands, Overwrite, Reordered, Revision, examples
 from .errors import CalibrationError, SPPConfigError
 from .terminal import (
     out,
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 DEMO_FOLDER = Path("spp-demo")
 COMPARISON_FOLDER = Path("spp-comparison")
-WIDTHS_FOLDER = Path("spp-widths")
 WIDTHS = ("0.25", "0.5", "0.75")
 CALIBRATION_BATCH = 32
 
@@ -384,6 +383,7 @@ def architectures(
 
 
 hub_commands.add_to(app)
+app_command.add_to(app)
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -16,6 +17,8 @@ from .errors import SPPError
 from .terminal import err
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+# Where `curve` writes and `app` looks.
+WIDTHS_FOLDER = Path("spp-widths")
 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what lies there.")]
 Reordered = Annotated[

@@ -79,3 +79,7 @@ class RanksDisagreeError(SPPError, RuntimeError):
 
 class SubnetworkError(SPPError, ValueError):
     """A sub-network cannot be cut as asked: a width that the model does not have, a budget that is too small."""
+
+
+class AppError(SPPError, RuntimeError):
+    """The page of a checkpoint cannot be shown, or cannot answer what it was asked."""

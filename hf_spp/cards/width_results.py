@@ -82,7 +82,7 @@ class WidthReport:
         """
         path = Path(folder) / RESULTS_NAME
         stored = checkpoint.read_json(path)
-        if not _is_report(stored):
+        if not is_report(stored):
             raise CheckpointError(
                 f"{path} is no width report. Accepted: what WidthReport.save or `hf-spp curve` wrote. Check the path."
             )
@@ -145,12 +145,13 @@ def check_report_folder(folder: str | os.PathLike[str]) -> Path:
     path = Path(folder) / RESULTS_NAME
     if Path(folder).exists() and not Path(folder).is_dir():
         raise CheckpointError(f"{folder} is a file; a folder of results is written there. Give another path.")
-    if path.exists() and not _is_report(checkpoint.read_json(path)):
+    if path.exists() and not is_report(checkpoint.read_json(path)):
         raise CheckpointError(
             f"{path} holds results of something else than a width report. Give another folder, or move the file away."
         )
     return Path(folder)
 
 
-def _is_report(stored: Any) -> bool:
+def is_report(stored: Any) -> bool:
+    """Whether what was read from a `results.json` is a width report."""
     return isinstance(stored, dict) and stored.get("report") == _REPORT

@@ -199,10 +199,10 @@ def cosine_to(model: Any, batches: Sequence[Batch]) -> Metric:
         batches: What all of them are run on.
     """
     with _fixed(model):
-        wanted = [_mean_state(model, batch) for batch in batches]
+        wanted = [mean_state(model, batch) for batch in batches]
 
     def cosine(other: Any, batches: Sequence[Batch]) -> dict[str, float]:
-        found = [functional.cosine_similarity(_mean_state(other, b), w) for b, w in zip(batches, wanted, strict=True)]
+        found = [functional.cosine_similarity(mean_state(other, b), w) for b, w in zip(batches, wanted, strict=True)]
         return {"cosine": float(torch.cat(found).mean())}
 
     return cosine
@@ -272,7 +272,12 @@ def labels_of(batch: Batch) -> Tensor | None:
     return None if found is None else torch.as_tensor(found)
 
 
-def _mean_state(model: Any, batch: Batch) -> Tensor:
+def mean_state(model: Any, batch: Batch) -> Tensor:
+    """The mean hidden state of each sample of a batch, of its tokens without padding: `[samples, hidden]`, float32.
+
+    Raises:
+        DatasetError: The model gives no hidden states, or does not run on the batch.
+    """
     hidden = _output(run_on(model, batch), "last_hidden_state")
     if hidden is None:
         raise DatasetError(

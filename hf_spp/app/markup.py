@@ -1,0 +1,146 @@
+"""HTML of the page's tables and heat maps. Every text from outside is escaped here."""
+
+from collections.abc import Mapping, Sequence
+from html import escape
+
+from .heat_map import HeatMap, Line, kept_cells
+from .measured import MeasuredWidths
+from .tasks import Comparison
+
+CSS = """
+.spp table { width: 100%; border-collapse: collapse; font-size: 14px; font-variant-numeric: tabular-nums; margin: 0; }
+.spp th, .spp td { padding: 4px 8px; text-align: right; border: 0; border-bottom: 1px solid var(--border-color-primary);
+  vertical-align: top; overflow-wrap: anywhere; }
+.spp th { font-weight: 600; white-space: nowrap; }
+.spp th:first-child, .spp td:first-child { text-align: left; }
+.spp table.fixed { table-layout: fixed; }
+.spp table.fixed th:first-child { width: 31%; }
+.spp table.fixed th:last-child { width: 19%; }
+.spp tr.here td { font-weight: 600; background: #0072b226; }
+.spp p { margin: 6px 0; font-size: 14px; }
+.spp .small { font-size: 12px; opacity: .75; }
+.spp .summary { font-size: 17px; font-weight: 600; }
+.spp td.text { text-align: left; white-space: pre-wrap; width: 44%; }
+.spp .bar { height: 6px; margin-top: 3px; border-radius: 3px; background: #8884; }
+.spp .bar i { display: block; height: 100%; border-radius: 3px; background: #6e6e6e; }
+.spp .bar.slice i { background: #0072b2; }
+.spp .maps { display: flex; flex-wrap: wrap; gap: 8px 32px; }
+.spp .maps svg { display: block; height: auto; max-width: 100%; }
+.spp svg text { fill: var(--body-text-color); font-family: inherit; }
+.spp svg .cut { opacity: .22; }
+"""
+
+_CELL = 24
+_LEFT = 26
+_NAMES = {"heads": "Heads", "query_heads": "Query heads", "ffn": "Neurons, in twentieths of a layer"}
+# A light and a dark end, and how dark a cell is from which its text is white.
+_LIGHT, _DARK, _TURN = (232, 240, 248), (0, 74, 128), 0.55
+_MOST_TALL = 16
+
+
+def block(*parts: str) -> str:
+    """Parts of HTML in the page's style."""
+    return f'<div class="spp">{"".join(parts)}</div>'
+
+
+def heading(text: str) -> str:
+    """A heading of plain text."""
+    return f"<h2>{escape(text)}</h2>"
+
+
+def paragraph(text: str, kind: str = "", *, command: str = "") -> str:
+    """A paragraph of plain text, with a command at its end."""
+    code = f" <code>{escape(command)}</code>" if command else ""
+    return f'<p class="{kind}">{escape(text)}{code}</p>'
+
+
+def table(header: Sequence[str], body: Sequence[Sequence[str]], *, here: int | None = None, kind: str = "") -> str:
+    """A table of plain texts, with one line marked."""
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
+    lines = []
+    for number, line in enumerate(body):
+        cells = "".join(f"<td>{escape(cell)}</td>" for cell in line)
+        lines.append(f'<tr class="here">{cells}</tr>' if number == here else f"<tr>{cells}</tr>")
+    return f'<table class="{kind}"><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
+
+
+def comparison(found: Comparison) -> str:
+    """What full model and slice answer, side by side."""
+    if not found.answers:
+        return block(paragraph(found.summary))
+    lines = []
+    for answer in found.answers:
+        cells = []
+        for number, text in enumerate(answer.texts):
+            if answer.shares is None:
+                cells.append(f'<td class="text">{escape(text)}</td>')
+                continue
+            kind = "bar slice" if number else "bar"
+            width = f"{100 * min(max(answer.shares[number], 0.0), 1.0):.1f}%"
+            cells.append(f'<td>{escape(text)}<div class="{kind}"><i style="width:{width}"></i></div></td>')
+        lines.append(f"<tr><td>{escape(answer.name)}</td>{''.join(cells)}</tr>")
+    head = "<tr><th></th><th>Full model</th><th>Slice</th></tr>"
+    return block(paragraph(found.summary, "summary"), f"<table>{head}{''.join(lines)}</table>")
+
+
+def measured(found: MeasuredWidths, widths: Mapping[str, int]) -> str:
+    """The measured widths as a table, the line of the present one marked."""
+    return block(
+        paragraph(found.caption),
+        table(found.header, found.body, here=found.line_of(widths)),
+        paragraph(f"{found.how} From {found.source}.".strip(), "small"),
+    )
+
+
+def maps(found: Sequence[HeatMap], widths: Mapping[str, int], metric: str) -> str:
+    """Heat maps side by side, with what is cut at some widths faded."""
+    pictures = "".join(f"<div>{paragraph(_title(one), 'small')}{_picture(one, widths)}</div>" for one in found)
+    text = (
+        f"Each line is a layer, in the checkpoint's order: most salient first. Color: saliency by {metric}, as a share "
+        "of the largest in its line. Faded: cut at this width. Numbers: the head's place in the original model."
+    )
+    return block(f'<div class="maps">{pictures}</div>', paragraph(text, "small"))
+
+
+def _title(found: HeatMap) -> str:
+    size = found.lines[0].size
+    return f"{_NAMES[found.cut]} ({len(found.lines)} × {size:,})"
+
+
+def _picture(found: HeatMap, widths: Mapping[str, int]) -> str:
+    tall = _CELL if len(found.lines) <= _MOST_TALL else _CELL // 2
+    columns = max(len(line.values) for line in found.lines)
+    left = _LEFT if all(len(line.name) < 4 for line in found.lines) else 8 * max(len(line.name) for line in found.lines)
+    width, height = left + columns * _CELL + 2, len(found.lines) * tall + 2
+    lines = "".join(_cells(line, number * tall, tall, left, widths) for number, line in enumerate(found.lines))
+    return (
+        f'<svg class="heat-map" data-cut="{escape(found.cut)}" viewBox="0 0 {width} {height}" width="{width}" '
+        f'role="img" aria-label="{escape(_title(found))}">{lines}</svg>'
+    )
+
+
+def _cells(line: Line, top: int, tall: int, left: int, widths: Mapping[str, int]) -> str:
+    kept = kept_cells(line, widths)
+    place = f'x="{left - 6}" y="{top + tall / 2 + 4:g}" text-anchor="end" font-size="{min(11, tall - 1)}"'
+    parts = [f"<text {place}>{escape(line.name)}</text>"]
+    for number, value in enumerate(line.values):
+        origin = None if line.origins is None else line.origins[number]
+        color = "#" + "".join(f"{round(a + (b - a) * value):02x}" for a, b in zip(_LIGHT, _DARK, strict=True))
+        kind = "cell cut" if number + 0.5 > kept else "cell"
+        x = left + number * _CELL
+        label = "" if origin is None else f"head {origin}, "
+        parts.append(
+            f'<g class="{kind}"><title>{escape(f"layer {line.name}, {label}{value:.2f}")}</title><rect x="{x}" '
+            f'y="{top}" width="{_CELL - 1}" height="{tall - 1}" fill="{color}"/>'
+        )
+        if origin is not None and tall == _CELL:
+            ink = "#fff" if value > _TURN else "#222"
+            parts.append(
+                f'<text x="{x + _CELL / 2:g}" y="{top + tall / 2 + 4:g}" text-anchor="middle" font-size="11" '
+                f'style="fill:{ink}">{origin}</text>'
+            )
+        parts.append("</g>")
+    edge = left + kept * _CELL - 0.5
+    if kept < len(line.values):
+        parts.append(f'<path d="M{edge:.1f} {top}v{tall - 1}" stroke="#d55e00" stroke-width="2"/>')
+    return "".join(parts)
