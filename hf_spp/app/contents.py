@@ -30,7 +30,7 @@ from .measured import MeasuredWidths, find_measured
 from .tasks import Comparison, Inputs, Task, find_task
 
 CUTS = ("heads", "query_heads", "ffn")
-EXAMPLES = 8
+EXAMPLES = 6
 # Forward passes are timed in turns, this many at least and at most, and no new turn begins after so many seconds.
 _FEWEST, _MOST, _SECONDS = 3, 9, 0.6
 _NAMES = {"heads": "heads", "query_heads": "query heads", "ffn": "neurons"}
@@ -201,7 +201,7 @@ class Contents:
         counts = [self.parameters(one) for one in ({}, widths)]
         return [
             ("Parameters", *(f"{one:,}" for one in counts), _share(counts)),
-            (f"FLOPs for each {per}", *map(_large, flops), _share(flops)),
+            (f"FLOPs / {per}", *map(_large, flops), _share(flops)),
         ]
 
     def times(self, spec: SubnetworkSpec, given: Sequence[Any] = ()) -> Times:

@@ -8,26 +8,34 @@ from .measured import MeasuredWidths
 from .tasks import Comparison
 
 CSS = """
-.spp table { width: 100%; border-collapse: collapse; font-size: 14px; font-variant-numeric: tabular-nums; margin: 0; }
-.spp th, .spp td { padding: 4px 8px; text-align: right; border: 0; border-bottom: 1px solid var(--border-color-primary);
-  vertical-align: top; overflow-wrap: anywhere; }
-.spp th { font-weight: 600; white-space: nowrap; }
-.spp th:first-child, .spp td:first-child { text-align: left; }
+.gradio-container { max-width: 1180px !important; margin: 0 auto; }
+.spp table { width: 100%; border-collapse: collapse; border: 0 !important; margin: 0; font-size: 14px;
+  font-variant-numeric: tabular-nums; }
+.spp th, .spp td { padding: 5px 8px; text-align: right; border: 0 !important; vertical-align: top;
+  border-bottom: 1px solid var(--border-color-primary) !important; }
+.spp th { font-weight: 600; }
+.spp th:first-child, .spp td:first-child { text-align: left; overflow-wrap: anywhere; }
 .spp table.fixed { table-layout: fixed; }
-.spp table.fixed th:first-child { width: 31%; }
-.spp table.fixed th:last-child { width: 19%; }
+.spp table.fixed th:first-child { width: 27%; }
+.spp table.headless thead { visibility: collapse; }
+.spp tr, .spp thead, .spp tbody { border: 0 !important; background: none !important; }
 .spp tr.here td { font-weight: 600; background: #0072b226; }
-.spp p { margin: 6px 0; font-size: 14px; }
+.spp h2 { margin: 0; font-size: 26px; overflow-wrap: anywhere; }
+.spp h3 { margin: 0 0 4px; font-size: 16px; }
+.spp p { margin: 4px 0; font-size: 14px; }
 .spp .small { font-size: 12px; opacity: .75; }
-.spp .summary { font-size: 17px; font-weight: 600; }
-.spp td.text { text-align: left; white-space: pre-wrap; width: 44%; }
-.spp .bar { height: 6px; margin-top: 3px; border-radius: 3px; background: #8884; }
+.spp .summary { font-size: 17px; font-weight: 600; overflow-wrap: anywhere; }
+.spp td.text { text-align: left; white-space: pre-wrap; width: 44%; overflow-wrap: anywhere; }
+.spp .bar { height: 6px; margin-top: 2px; border-radius: 3px; background: #8884; }
 .spp .bar i { display: block; height: 100%; border-radius: 3px; background: #6e6e6e; }
 .spp .bar.slice i { background: #0072b2; }
-.spp .maps { display: flex; flex-wrap: wrap; gap: 8px 32px; }
+.spp .maps { display: flex; flex-wrap: wrap; gap: 8px 40px; }
 .spp .maps svg { display: block; height: auto; max-width: 100%; }
 .spp svg text { fill: var(--body-text-color); font-family: inherit; }
-.spp svg .cut { opacity: .22; }
+.spp svg .cut rect { opacity: .3; }
+.spp code { overflow-wrap: anywhere; white-space: pre-wrap; }
+.tight { gap: 0 !important; }
+.picture img { width: 100% !important; height: 100% !important; object-fit: contain; }
 """
 
 _CELL = 24
@@ -43,9 +51,9 @@ def block(*parts: str) -> str:
     return f'<div class="spp">{"".join(parts)}</div>'
 
 
-def heading(text: str) -> str:
+def heading(text: str, level: int = 3) -> str:
     """A heading of plain text."""
-    return f"<h2>{escape(text)}</h2>"
+    return f"<h{level}>{escape(text)}</h{level}>"
 
 
 def paragraph(text: str, kind: str = "", *, command: str = "") -> str:
@@ -79,13 +87,14 @@ def comparison(found: Comparison) -> str:
             width = f"{100 * min(max(answer.shares[number], 0.0), 1.0):.1f}%"
             cells.append(f'<td>{escape(text)}<div class="{kind}"><i style="width:{width}"></i></div></td>')
         lines.append(f"<tr><td>{escape(answer.name)}</td>{''.join(cells)}</tr>")
-    head = "<tr><th></th><th>Full model</th><th>Slice</th></tr>"
+    head = '<tr><th></th><th style="width:33%">Full model</th><th style="width:33%">Slice</th></tr>'
     return block(paragraph(found.summary, "summary"), f"<table>{head}{''.join(lines)}</table>")
 
 
 def measured(found: MeasuredWidths, widths: Mapping[str, int]) -> str:
     """The measured widths as a table, the line of the present one marked."""
     return block(
+        heading("Measured quality"),
         paragraph(found.caption),
         table(found.header, found.body, here=found.line_of(widths)),
         paragraph(f"{found.how} From {found.source}.".strip(), "small"),
@@ -99,7 +108,7 @@ def maps(found: Sequence[HeatMap], widths: Mapping[str, int], metric: str) -> st
         f"Each line is a layer, in the checkpoint's order: most salient first. Color: saliency by {metric}, as a share "
         "of the largest in its line. Faded: cut at this width. Numbers: the head's place in the original model."
     )
-    return block(f'<div class="maps">{pictures}</div>', paragraph(text, "small"))
+    return block(heading("Saliency by layer"), f'<div class="maps">{pictures}</div>', paragraph(text, "small"))
 
 
 def _title(found: HeatMap) -> str:
@@ -126,7 +135,8 @@ def _cells(line: Line, top: int, tall: int, left: int, widths: Mapping[str, int]
     for number, value in enumerate(line.values):
         origin = None if line.origins is None else line.origins[number]
         color = "#" + "".join(f"{round(a + (b - a) * value):02x}" for a, b in zip(_LIGHT, _DARK, strict=True))
-        kind = "cell cut" if number + 0.5 > kept else "cell"
+        gone = number + 0.5 > kept
+        kind = "cell cut" if gone else "cell"
         x = left + number * _CELL
         label = "" if origin is None else f"head {origin}, "
         parts.append(
@@ -134,7 +144,7 @@ def _cells(line: Line, top: int, tall: int, left: int, widths: Mapping[str, int]
             f'y="{top}" width="{_CELL - 1}" height="{tall - 1}" fill="{color}"/>'
         )
         if origin is not None and tall == _CELL:
-            ink = "#fff" if value > _TURN else "#222"
+            ink = "#fff" if value > _TURN and not gone else "#222"
             parts.append(
                 f'<text x="{x + _CELL / 2:g}" y="{top + tall / 2 + 4:g}" text-anchor="middle" font-size="11" '
                 f'style="fill:{ink}">{origin}</text>'

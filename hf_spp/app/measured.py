@@ -97,14 +97,15 @@ def _from_report(report: WidthReport, model: Any, folder: Path) -> MeasuredWidth
     specs = {row["width"]: row["spec"] for row in report.rows}
     names = unique(row["width"] for row in report.rows)
     widths = tuple({} if specs[name] is None else SubnetworkSpec.from_dict(specs[name]).widths(model) for name in names)
+    settings, data = report.settings, f" of {report.settings['dataset']}" if report.settings.get("dataset") else ""
     return MeasuredWidths(
-        f"{metrics_caption(report.rows)}, {report.settings['samples']:,} examples",
+        f"{metrics_caption(report.rows)}, on {settings['samples']:,} examples{data}.",
         tuple(header),
         tuple(map(tuple, body)),
         widths,
         str(folder / RESULTS_NAME),
-        measured_how(report.rows, report.settings)[0],
-        report.settings.get("dataset"),
+        measured_how(report.rows, settings)[0],
+        settings.get("dataset"),
     )
 
 
@@ -119,7 +120,7 @@ def _from_card(path: Path, model: Any) -> MeasuredWidths | None:
     if len(table) < 3 or len({len(line) for line in table}) > 1:
         return None
     introduction = next((line for line in lines if line and not line.startswith(("<", "#", "|", "!"))), "")
-    caption = unescaped(introduction).removeprefix("Smaller networks made of the first channels of each axis, ")
+    caption = unescaped(introduction)
     widths = tuple(_widths_of(line[0], model) for line in table[2:])
     return MeasuredWidths(caption, table[0], tuple(table[2:]), widths, str(path), "", None)
 

@@ -16,6 +16,9 @@ from .tasks import Field
 
 HOST = "127.0.0.1"
 _MEASURING = "measuring …"
+_SLICE = (
+    "The slice is a view of the full model's own weights: the first heads and neurons of each layer, nothing refitted."
+)
 _FIRST_WIDTH = 50
 _HEADER = ("", "Full model", "Slice", "Slice / full")
 
@@ -70,6 +73,7 @@ def serve(contents: Contents, *, port: int | None = None, open_browser: bool = F
                 ssr_mode=False,
                 mcp_server=False,
                 css=markup.CSS,
+                theme=_theme(),
             )
         except OSError as error:
             raise AppError(
@@ -80,6 +84,16 @@ def serve(contents: Contents, *, port: int | None = None, open_browser: bool = F
             yield address
         finally:
             page.close(verbose=False)
+
+
+def _theme() -> Any:
+    """Gradio's own look in the fonts of the system: its own semi-bold lacks letters."""
+    themes = import_gradio().themes
+    return themes.Default(
+        primary_hue="blue",
+        font=[themes.Font(name) for name in ("system-ui", "sans-serif")],
+        font_mono=[themes.Font(name) for name in ("ui-monospace", "monospace")],
+    )
 
 
 def build_page(contents: Contents) -> Any:
@@ -93,17 +107,21 @@ def build_page(contents: Contents) -> Any:
     """
     gradio = import_gradio()
     fields = () if contents.task is None else contents.task.fields
-    with gradio.Blocks(title=f"{contents.name} · hf-spp", analytics_enabled=False, fill_width=False) as page:
-        gradio.HTML(markup.block(markup.heading(contents.name), markup.paragraph(contents.facts)))
+    with gradio.Blocks(title=f"{contents.name} · hf-spp", analytics_enabled=False, fill_width=True) as page:
+        gradio.HTML(markup.block(markup.heading(contents.name, 2), markup.paragraph(contents.facts)))
         with gradio.Row():
-            with gradio.Column(scale=1, min_width=420):
+            with gradio.Column(min_width=420):
                 sliders = _Sliders(gradio, contents)
+                stays = gradio.HTML(elem_id="stays")
+            with gradio.Column(min_width=420, elem_classes="tight"):
                 costs = gradio.HTML(elem_id="costs")
                 times = gradio.HTML(elem_id="times")
-                quality = gradio.HTML(elem_id="quality")
-            with gradio.Column(scale=1, min_width=420):
+        with gradio.Row():
+            with gradio.Column(min_width=420):
                 given, ask = _inputs(gradio, contents, fields)
+            with gradio.Column(min_width=420):
                 answers = gradio.HTML(elem_id="answers")
+        quality = gradio.HTML(elem_id="quality")
         maps = gradio.HTML(elem_id="maps")
 
         handlers = _Handlers(contents, sliders.spec)
@@ -111,18 +129,12 @@ def build_page(contents: Contents) -> Any:
         shown = {"show_progress": "hidden", "trigger_mode": "always_last", "api_visibility": "private"}
 
         def refresh_on(event: Callable[..., Any]) -> None:
-            event(handlers.refresh, inputs, [costs, times, quality, answers, maps], **shown).then(
+            event(handlers.refresh, inputs, [stays, costs, times, quality, answers, maps], **shown).then(
                 handlers.times, inputs, times, **shown
             )
 
-        for slider in sliders.all[1:]:
-            refresh_on(slider.input)
-        sliders.on_apart(refresh_on)
-        for event in ask:
-            event(handlers.refresh, inputs, [costs, times, quality, answers, maps], **shown).then(
-                handlers.times, inputs, times, **shown
-            )
-        refresh_on(page.load)
+        for event in (page.load, *(slider.input for slider in sliders.all[1:]), sliders.on_apart(), *ask):
+            refresh_on(event)
     return page
 
 
@@ -146,17 +158,21 @@ class _Sliders:
     def all(self) -> list[Any]:
         return [self.apart, self.width, self.heads, self.neurons]
 
-    def on_apart(self, refresh_on: Callable[..., None]) -> None:
-        """Change between one slider and two; both begin at the present width."""
+    def on_apart(self) -> Callable[..., Any]:
+        """Change between one slider and two, which begin at its width; gives what to do then."""
 
         def change(apart: bool, width: float) -> Any:
             two = self.gradio.Slider(value=width, visible=apart)
             return self.gradio.Slider(visible=not apart), two, two
 
         changed = self.apart.input(
-            change, [self.apart, self.width], [self.width, self.heads, self.neurons], show_progress="hidden"
+            change,
+            [self.apart, self.width],
+            [self.width, self.heads, self.neurons],
+            show_progress="hidden",
+            api_visibility="private",
         )
-        refresh_on(changed.then)
+        return changed.then  # type: ignore[no-any-return]
 
     def spec(self, apart: bool, width: float, heads: float, neurons: float) -> tuple[SubnetworkSpec, float | None]:
         """The slice that the sliders say, and its one width."""
@@ -176,13 +192,10 @@ class _Handlers:
         contents = self.contents
         spec, share = self.spec(apart, width, heads, neurons)
         widths = contents.widths(spec)
-        costs = markup.block(
-            markup.paragraph(contents.what_stays(spec)),
-            markup.table(_HEADER, contents.costs(spec, given), kind="fixed"),
-        )
         metric = str(contents.reordering.config.metric_name)
         return (
-            costs,
+            markup.block(markup.paragraph(contents.what_stays(spec))),
+            markup.block(markup.table(_HEADER, contents.costs(spec, given), kind="fixed")),
             _times(None),
             self._quality(widths, share),
             self._answers(spec, given),
@@ -196,7 +209,8 @@ class _Handlers:
 
     def _answers(self, spec: SubnetworkSpec, given: tuple[Any, ...]) -> str:
         try:
-            return markup.comparison(self.contents.predict(spec, given))
+            found = markup.comparison(self.contents.predict(spec, given))
+            return found + markup.block(markup.paragraph(_SLICE, "small"))
         except SPPError as error:
             return markup.block(markup.paragraph(str(error)))
 
@@ -216,15 +230,15 @@ class _Handlers:
 
 
 def _times(found: Times | None) -> str:
-    if found is None:
-        line: tuple[str, ...] = ("Milliseconds", _MEASURING, _MEASURING, "")
-        note = "Forward passes on this machine."
-    else:
-        cells = [f"{statistics.median(one):.3g} ({min(one):.3g}–{max(one):.3g})" for one in (found.full, found.small)]
-        line = ("Milliseconds", *cells, f"{found.gain:.2f} × as fast")
+    line: tuple[str, ...] = ("Milliseconds", _MEASURING, _MEASURING, "")
+    note = "Forward passes on this machine."
+    if found is not None:
+        pair = (found.full, found.small)
+        line = ("Milliseconds", *(f"{statistics.median(one):.3g}" for one in pair), f"{found.gain:.2f} × as fast")
+        full, small = (f"{min(one):.3g}–{max(one):.3g}" for one in pair)
         note = (
-            f"Median (shortest–longest) of {len(found.full)} forward passes in turns on this machine: {found.device}, "
-            f"{found.threads} thread{'s' * (found.threads != 1)}, the slice cut out as a model of its own."
+            f"Medians of {len(found.full)} forward passes in turns ({full}, {small}) on this machine: {found.device}, "
+            f"{found.threads} thread{'s' * (found.threads != 1)}. The slice is timed as a model of its own."
         )
     return markup.block(markup.table(_HEADER, [line], kind="fixed headless"), markup.paragraph(note, "small"))
 
@@ -236,7 +250,13 @@ def _inputs(gradio: ModuleType, contents: Contents, fields: tuple[Field, ...]) -
     for field, value in zip(fields, first, strict=True):
         if field.kind == "image":
             one = gradio.Image(
-                value, type="pil", label=field.label, sources=["upload", "clipboard"], height=220, buttons=[]
+                value,
+                type="pil",
+                label=field.label,
+                sources=["upload", "clipboard"],
+                height=200,
+                buttons=[],
+                elem_classes="picture",
             )
             events.append(one.change)
         else:
