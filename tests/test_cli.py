@@ -35,7 +35,20 @@ from hf_spp.comparison.presets import Preset
 from hf_spp.curves.named_data import load_named_data
 from hf_spp.subnetworks import load_subnetwork
 
-COMMANDS = ("demo", "compare", "reorder", "verify", "push", "pull", "info", "slice", "curve", "card", "architectures")
+COMMANDS = (
+    "demo",
+    "compare",
+    "reorder",
+    "verify",
+    "push",
+    "pull",
+    "info",
+    "slice",
+    "curve",
+    "card",
+    "app",
+    "architectures",
+)
 BASE_CARD = "---\nlicense: mit\nlanguage: en\nbase_model: someone/tiny-bert\npipeline_tag: fill-mask\n---\n# Tiny\n"
 
 

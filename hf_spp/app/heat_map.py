@@ -51,7 +51,7 @@ def heat_maps(reordering: Reordering) -> list[HeatMap]:
     """
     found: dict[str, list[Line]] = {}
     groups = [group for group in reordering.groups if group.axis in ("heads", "ffn") and group.parent is None]
-    groups.sort(key=lambda group: (group.layer is None, group.layer))
+    groups.sort(key=lambda group: (group.axis == "ffn", group.layer is None, group.layer))
     for group in groups:
         scores, order = reordering.scores[group.name], reordering.orders[group.name]
         own = [other for other in groups if cut_of(other) == cut_of(group)]

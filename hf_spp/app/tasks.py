@@ -265,7 +265,7 @@ def _by_class(name: Callable[[int], str]) -> Callable[[Tensor, Tensor], Comparis
 
 
 def _image_encoder(model: Any, folder: Path, image_size: int | None) -> Callable[[Any], Inputs]:
-    processor = _processor(AutoImageProcessor, folder, "preprocessor_config.json")
+    processor = _processor(AutoImageProcessor, folder, "image processor", ("*processor_config.json",))
     options: dict[str, Any] = {}
     if image_size is not None:
         options = {"size": {"height": image_size, "width": image_size}, "do_center_crop": False}
@@ -308,15 +308,18 @@ def _taken(model: Any, found: Any) -> Inputs:
 
 
 def _tokenizer(folder: Path) -> Any:
-    return _processor(AutoTokenizer, folder, "a tokenizer")
+    return _processor(AutoTokenizer, folder, "tokenizer", ("tokenizer*", "vocab.*", "*.model", "tekken.json"))
 
 
-def _processor(loader: Any, folder: Path, what: str) -> Any:
+def _processor(loader: Any, folder: Path, what: str, files: tuple[str, ...]) -> Any:
     try:
+        # Without a file transformers makes a tokenizer that knows no word.
+        if not any(path for pattern in files for path in folder.glob(pattern)):
+            raise FileNotFoundError(f"There is no {' or '.join(files)}.")
         return loader.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # files from outside are read by other libraries, which fail in any way
         reason = " ".join(str(error).split())[:200]
         raise AppError(
-            f"'{folder}' has no {what.removeprefix('a ')} that can be read, so the model cannot be asked: {reason} "
+            f"'{folder}' has no {what} that can be read, so the model cannot be asked: {reason} "
             "Accepted: what save_pretrained of the processor wrote. Save it into the same folder."
         ) from error

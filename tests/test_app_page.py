@@ -1,0 +1,54 @@
+"""The page that `hf-spp app` serves, in a browser."""
+
+import re
+
+import pytest
+from browser import visited
+from test_app import checkpoint, report_of
+
+LABELS = ["<img src=x onerror=document.title='broken'>", "${document.title='broken'}", "{{this}} & **bold**"]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+def test_the_page_answers_in_a_browser(tmp_path):
+    names = dict(enumerate([*LABELS, *(f"class {number}" for number in range(3, 10))]))
+    folder = checkpoint(tmp_path / "vit", "vit", num_labels=10, id2label=names)
+    report_of(folder, tmp_path / "widths", labels=10)
+    with visited(str(folder), "--dataset", "digits", "--widths", str(tmp_path / "widths")) as visit:
+        page = visit.page
+        half = visit.wait_for("#costs", "Parameters")
+        assert "2 of 3 heads and 8 of 20 neurons of each layer stay." in page.locator("#stays").inner_text()
+        first = visit.wait_for("#times", "× as fast")
+        assert re.search(r"Milliseconds\s+[\d.e-]+\s+[\d.e-]+\s+[\d.]+ × as fast", first)
+        assert page.locator("#quality tr.here").inner_text().startswith("50 %")
+
+        answers = visit.wait_for("#answers", "Full model")
+        assert any(label in answers for label in names.values())
+        page.locator(".gallery button, button.gallery-item").nth(3).click()
+        page.wait_for_function("before => document.querySelector('#answers').innerText !== before", arg=answers)
+
+        heads = page.locator("svg[data-cut=heads]")
+        assert heads.locator("g.cell").count() == 6
+        assert heads.locator("g.cut").count() == 2
+
+        slider = page.locator("#width input[type=range]")
+        slider.focus()
+        for _ in range(4):
+            slider.press("ArrowLeft")
+        visit.wait_for("#stays", "1 of 3 heads and 8 of 20 neurons")
+        assert visit.wait_for("#costs", "Parameters") != half
+        assert heads.locator("g.cut").count() == 4
+        assert "hf-spp curve" in visit.wait_for("#quality", "This width was not measured.")
+        visit.wait_for("#times", "× as fast")
+
+        page.get_by_label("Heads and neurons apart").check()
+        page.locator("#heads input[type=range]").focus()
+        for _ in range(20):
+            page.locator("#heads input[type=range]").press("ArrowRight")
+        visit.wait_for("#stays", "3 of 3 heads and 8 of 20 neurons")
+        visit.wait_for("#times", "× as fast")
+        assert "broken" not in page.title()
+        assert visit.errors == []
+        assert visit.foreign == []
+    assert visit.code == 0
