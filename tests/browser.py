@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -64,11 +65,11 @@ def find_browser() -> str:
 
 
 @contextmanager
-def visited(*words: str) -> Iterator[Visit]:
-    """Serve a page with `hf-spp app` and these words, and open it in a browser inside the block."""
+def visited(*words: str, folder: Path | None = None) -> Iterator[Visit]:
+    """Serve a page with `hf-spp app` and these words, called in a folder, and open it in a browser inside the block."""
     command = [sys.executable, "-c", "from hf_spp.cli import main; main()", "app", *words, "--no-browser"]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as server:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, cwd=folder) as server:
         try:
             assert server.stdout is not None
             address = re.search(r"http://127\.0\.0\.1:\d+", server.stdout.readline())
