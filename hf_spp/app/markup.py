@@ -16,8 +16,9 @@ CSS = """
 .spp th { font-weight: 600; }
 .spp th:first-child, .spp td:first-child { text-align: left; overflow-wrap: anywhere; }
 .spp table.fixed { table-layout: fixed; }
-.spp table.fixed th:first-child { width: 27%; }
-.spp table.headless thead { visibility: collapse; }
+.spp table.fixed th:first-child, .spp table.fixed td:first-child { width: 27%; }
+.spp table.headless thead { display: none; }
+.spp table.answers { table-layout: fixed; }
 .spp tr, .spp thead, .spp tbody { border: 0 !important; background: none !important; }
 .spp tr.here td { font-weight: 600; background: #0072b226; }
 .spp h2 { margin: 0; font-size: 26px; overflow-wrap: anywhere; }
@@ -25,7 +26,7 @@ CSS = """
 .spp p { margin: 4px 0; font-size: 14px; }
 .spp .small { font-size: 12px; opacity: .75; }
 .spp .summary { font-size: 17px; font-weight: 600; overflow-wrap: anywhere; }
-.spp td.text { text-align: left; white-space: pre-wrap; width: 44%; overflow-wrap: anywhere; }
+.spp td.text { text-align: left; white-space: pre-wrap; overflow-wrap: anywhere; }
 .spp .bar { height: 6px; margin-top: 2px; border-radius: 3px; background: #8884; }
 .spp .bar i { display: block; height: 100%; border-radius: 3px; background: #6e6e6e; }
 .spp .bar.slice i { background: #0072b2; }
@@ -44,6 +45,8 @@ _NAMES = {"heads": "Heads", "query_heads": "Query heads", "ffn": "Neurons, in tw
 # A light and a dark end, and how dark a cell is from which its text is white.
 _LIGHT, _DARK, _TURN = (232, 240, 248), (0, 74, 128), 0.55
 _MOST_TALL = 16
+# Answers up to this length are set flush right, as numbers are.
+_SHORT = 24
 
 
 def block(*parts: str) -> str:
@@ -76,25 +79,26 @@ def comparison(found: Comparison) -> str:
     """What full model and slice answer, side by side."""
     if not found.answers:
         return block(paragraph(found.summary))
+    long = any(len(text) > _SHORT for answer in found.answers for text in answer.texts)
     lines = []
     for answer in found.answers:
         cells = []
         for number, text in enumerate(answer.texts):
             if answer.shares is None:
-                cells.append(f'<td class="text">{escape(text)}</td>')
+                cells.append(f'<td class="{"text" if long else ""}">{escape(text)}</td>')
                 continue
             kind = "bar slice" if number else "bar"
             width = f"{100 * min(max(answer.shares[number], 0.0), 1.0):.1f}%"
             cells.append(f'<td>{escape(text)}<div class="{kind}"><i style="width:{width}"></i></div></td>')
         lines.append(f"<tr><td>{escape(answer.name)}</td>{''.join(cells)}</tr>")
-    head = '<tr><th></th><th style="width:33%">Full model</th><th style="width:33%">Slice</th></tr>'
-    return block(paragraph(found.summary, "summary"), f"<table>{head}{''.join(lines)}</table>")
+    width = 42 if long else 30
+    head = f'<tr><th></th><th style="width:{width}%">Full model</th><th style="width:{width}%">Slice</th></tr>'
+    return block(paragraph(found.summary, "summary"), f'<table class="answers">{head}{"".join(lines)}</table>')
 
 
 def measured(found: MeasuredWidths, widths: Mapping[str, int]) -> str:
     """The measured widths as a table, the line of the present one marked."""
     return block(
-        heading("Measured quality"),
         paragraph(found.caption),
         table(found.header, found.body, here=found.line_of(widths)),
         paragraph(f"{found.how} From {found.source}.".strip(), "small"),

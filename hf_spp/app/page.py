@@ -217,14 +217,20 @@ class _Handlers:
     def _quality(self, widths: dict[str, int], share: float | None) -> str:
         measured = self.contents.measured
         known = measured is not None and measured.line_of(widths) is not None
-        parts = [] if measured is None else [markup.measured(measured, widths)]
+        parts = [markup.block(markup.heading("Measured quality"))]
+        if measured is not None:
+            parts.append(markup.measured(measured, widths))
         if not known:
             name = (measured and measured.dataset) or "NAME"
             at = "" if share is None else f" --widths {share:g}"
             how = f"hf-spp curve {self.contents.name} --dataset {name}{at}"
-            what = "The quality of no width was measured." if measured is None else "This width was not measured."
+            what = (
+                "No width of this checkpoint was measured yet. The command that does it:"
+                if measured is None
+                else "This width was not measured. The command that does it:"
+            )
             if share is None:
-                what += " The command measures shares of both; width_report(...) any spec."
+                what = what.removesuffix(":") + " for shares of both (in Python, width_report measures any spec):"
             parts.append(markup.block(markup.paragraph(what, command=how)))
         return "".join(parts)
 

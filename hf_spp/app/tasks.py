@@ -190,7 +190,7 @@ def _generation(name: str, model: Any, folder: Path) -> Task:
             else f"The first {same} of {len(full)} tokens are the same."
         )
         texts = tuple(str(tokenizer.decode(one, skip_special_tokens=True)).strip() for one in (full, small))
-        return Comparison(summary, (Answer("Goes on", texts),))
+        return Comparison(summary, (Answer("", texts),))
 
     fields = (Field("text", "Text to go on from", "The capital of France is"),)
     return Task(name, fields, lambda text: (encode(text),), answer, compare)
@@ -217,7 +217,7 @@ def _similarity(model: Any, folder: Path, image_size: int | None) -> Task:
         near = [f"{cosine(*pair):.3f}" for pair in zip(full, small, strict=True)]
         rows = [Answer(f"First {kind} against second", tuple(f"{cosine(*states):.3f}" for states in (full, small)))]
         for place, one in zip(("First", "Second"), near, strict=True):
-            rows.append(Answer(f"{place} {kind}, slice against full model", ("", one)))
+            rows.append(Answer(f"{place} {kind}, slice against full", ("", one)))
         return Comparison("Cosines of mean hidden states.", tuple(rows))
 
     return Task("feature-extraction", fields, lambda *given: tuple(map(encode, given)), answer, compare)

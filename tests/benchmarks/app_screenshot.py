@@ -3,7 +3,8 @@ trained at all widths.
 
 PYTHONPATH=tests python tests/benchmarks/app_screenshot.py FOLDER [--picture examples/app.png]
 
-The checkpoint and its widths are made once and kept in FOLDER. Prints how long the page takes to answer. Needs Chromium and the packages of the extra `dev`.
+The checkpoint and its widths are made once and kept in FOLDER. Prints how long the page takes to answer. Needs Chromium
+and the packages of the extra `dev`.
 """
 
 import argparse
