@@ -33,7 +33,6 @@ CUTS = ("heads", "query_heads", "ffn")
 EXAMPLES = 6
 # Forward passes are timed in turns, this many at least and at most, and no new turn begins after so many seconds.
 _FEWEST, _MOST, _SECONDS = 3, 9, 0.6
-_NAMES = {"heads": "heads", "query_heads": "query heads", "ffn": "neurons"}
 
 
 @dataclass(frozen=True)
@@ -179,12 +178,13 @@ class Contents:
     def what_stays(self, spec: SubnetworkSpec) -> str:
         """How many heads and neurons of each layer stay, in words."""
         widths, parts = self.widths(spec), []
+        names = {one.cut: one.name for one in self.maps}
         for cut in self.cuts:
             own = [group for group in self.groups if cut_of(group) == cut]
             kept = [widths.get(group.name, group.size) for group in own]
             few, most = min(kept), max(kept)
             size = max(group.size for group in own)
-            parts.append(f"{f'{few:,}' if few == most else f'{few:,}–{most:,}'} of {size:,} {_NAMES[cut]}")
+            parts.append(f"{f'{few:,}' if few == most else f'{few:,}–{most:,}'} of {size:,} {names[cut]}")
         return f"{' and '.join(parts)} of each layer stay."
 
     def costs(self, spec: SubnetworkSpec, given: Sequence[Any] = ()) -> list[tuple[str, ...]]:

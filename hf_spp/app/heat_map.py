@@ -35,9 +35,16 @@ class Line:
 
 @dataclass(frozen=True)
 class HeatMap:
-    """The lines of one kind of channel: `heads`, `query_heads` or `ffn`."""
+    """The lines of one kind of channel.
+
+    Attributes:
+        cut: What a spec calls it: `heads`, `query_heads` or `ffn`.
+        name: What it is called in words.
+        lines: One for each layer.
+    """
 
     cut: str
+    name: str
     lines: tuple[Line, ...]
 
 
@@ -56,7 +63,9 @@ def heat_maps(reordering: Reordering) -> list[HeatMap]:
         scores, order = reordering.scores[group.name], reordering.orders[group.name]
         own = [other for other in groups if cut_of(other) == cut_of(group)]
         found.setdefault(cut_of(group), []).append(_line(group, scores, order, _name(group, own)))
-    return [HeatMap(cut, tuple(lines)) for cut, lines in found.items()]
+    shared = any(group.axis == "heads" and group.parent for group in reordering.groups)
+    names = {"heads": "key-value heads" if shared else "heads", "query_heads": "query heads", "ffn": "neurons"}
+    return [HeatMap(cut, names[cut], tuple(lines)) for cut, lines in found.items()]
 
 
 def kept_cells(line: Line, widths: Mapping[str, int]) -> float:

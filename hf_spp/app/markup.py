@@ -41,7 +41,6 @@ CSS = """
 
 _CELL = 24
 _LEFT = 26
-_NAMES = {"heads": "Heads", "query_heads": "Query heads", "ffn": "Neurons, in twentieths of a layer"}
 # A light and a dark end, and how dark a cell is from which its text is white.
 _LIGHT, _DARK, _TURN = (232, 240, 248), (0, 74, 128), 0.55
 _MOST_TALL = 16
@@ -91,8 +90,8 @@ def comparison(found: Comparison) -> str:
             width = f"{100 * min(max(answer.shares[number], 0.0), 1.0):.1f}%"
             cells.append(f'<td>{escape(text)}<div class="{kind}"><i style="width:{width}"></i></div></td>')
         lines.append(f"<tr><td>{escape(answer.name)}</td>{''.join(cells)}</tr>")
-    width = 42 if long else 30
-    head = f'<tr><th></th><th style="width:{width}%">Full model</th><th style="width:{width}%">Slice</th></tr>'
+    share = 48 if long else 30
+    head = f'<tr><th></th><th style="width:{share}%">Full model</th><th style="width:{share}%">Slice</th></tr>'
     return block(paragraph(found.summary, "summary"), f'<table class="answers">{head}{"".join(lines)}</table>')
 
 
@@ -110,14 +109,17 @@ def maps(found: Sequence[HeatMap], widths: Mapping[str, int], metric: str) -> st
     pictures = "".join(f"<div>{paragraph(_title(one), 'small')}{_picture(one, widths)}</div>" for one in found)
     text = (
         f"Each line is a layer, in the checkpoint's order: most salient first. Color: saliency by {metric}, as a share "
-        "of the largest in its line. Faded: cut at this width. Numbers: the head's place in the original model."
+        "of the largest in its line. Faded: cut at this width."
     )
+    if any(line.origins and len(one.lines) <= _MOST_TALL for one in found for line in one.lines):
+        text += " Numbers: the head's place in the original model."
     return block(heading("Saliency by layer"), f'<div class="maps">{pictures}</div>', paragraph(text, "small"))
 
 
 def _title(found: HeatMap) -> str:
-    size = found.lines[0].size
-    return f"{_NAMES[found.cut]} ({len(found.lines)} × {size:,})"
+    size, parts = found.lines[0].size, len(found.lines[0].values)
+    cells = "" if size == parts else f", in {parts} parts"
+    return f"{found.name[0].upper()}{found.name[1:]} ({len(found.lines)} × {size:,}){cells}"
 
 
 def _picture(found: HeatMap, widths: Mapping[str, int]) -> str:

@@ -223,15 +223,12 @@ class _Handlers:
         if not known:
             name = (measured and measured.dataset) or "NAME"
             at = "" if share is None else f" --widths {share:g}"
-            how = f"hf-spp curve {self.contents.name} --dataset {name}{at}"
-            what = (
-                "No width of this checkpoint was measured yet. The command that does it:"
-                if measured is None
-                else "This width was not measured. The command that does it:"
+            which = (
+                "" if share is not None else " for the same share of both (in Python, width_report measures any spec)"
             )
-            if share is None:
-                what = what.removesuffix(":") + " for shares of both (in Python, width_report measures any spec):"
-            parts.append(markup.block(markup.paragraph(what, command=how)))
+            command = f"hf-spp curve {self.contents.name} --dataset {name}{at}"
+            text = "This width was not measured." if measured else "No width of this checkpoint was measured yet."
+            parts.append(markup.block(markup.paragraph(f"{text} The command that does it{which}:", command=command)))
         return "".join(parts)
 
 

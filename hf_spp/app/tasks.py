@@ -184,13 +184,14 @@ def _generation(name: str, model: Any, folder: Path) -> Task:
             (place for place, pair in enumerate(zip(full, small, strict=False)) if pair[0] != pair[1]),
             min(len(full), len(small)),
         )
-        summary = (
-            f"Both go on alike for all {len(full)} tokens."
-            if full == small
-            else f"The first {same} of {len(full)} tokens are the same."
-        )
-        texts = tuple(str(tokenizer.decode(one, skip_special_tokens=True)).strip() for one in (full, small))
-        return Comparison(summary, (Answer("", texts),))
+        summary = f"The first {same} of {len(full)} tokens are the same."
+        if full == small:
+            summary = f"Both go on alike for all {len(full)} tokens."
+        elif not same:
+            summary = "They go on differently from the first token on."
+        texts = (tokenizer.decode(one, skip_special_tokens=True) for one in (full, small))
+        lines = ((line for line in text.splitlines() if line.strip()) for text in texts)
+        return Comparison(summary, (Answer("", tuple(" ↵ ".join(each).strip() for each in lines)),))
 
     fields = (Field("text", "Text to go on from", "The capital of France is"),)
     return Task(name, fields, lambda text: (encode(text),), answer, compare)

@@ -65,7 +65,18 @@ def measured(folder: Path) -> Path:
     """The quality of some of its widths, with compensation and random orders beside."""
     results = folder.with_name(f"{folder.name}-widths")
     if not (results / "results.json").is_file():
-        words = ["curve", str(folder), "--dataset", DATASET, "--widths", WIDTHS, "--out", str(results)]
+        words = [
+            "curve",
+            str(folder),
+            "--dataset",
+            DATASET,
+            "--widths",
+            WIDTHS,
+            "--latency-runs",
+            "0",
+            "--out",
+            str(results),
+        ]
         subprocess.run([sys.executable, "-c", "from hf_spp.cli import main; main()", *words], check=True)
     return results
 
