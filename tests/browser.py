@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 from playwright.sync_api import Page, sync_playwright
 
+COMMAND = (sys.executable, "-c", "from hf_spp.cli import main; main()", "app")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 WIDTH = 1200
 LIMIT = 120_000
@@ -67,7 +68,7 @@ def find_browser() -> str:
 @contextmanager
 def visited(*words: str, folder: Path | None = None) -> Iterator[Visit]:
     """Serve a page with `hf-spp app` and these words, called in a folder, and open it in a browser inside the block."""
-    command = [sys.executable, "-c", "from hf_spp.cli import main; main()", "app", *words, "--no-browser"]
+    command = [*COMMAND, *words, "--no-browser"]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, cwd=folder) as server:
         try:

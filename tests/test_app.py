@@ -6,11 +6,11 @@ import pytest
 import torch
 from conftest import build_inputs, build_model, same_bits, weights_of
 from PIL import Image
-from test_cli import refused, run
+from test_cli import refused
 from transformers import BertTokenizerFast, ViTImageProcessor
 
 from hf_spp import AppError, CheckpointError, Reordering, SPPConfig, SubnetworkSpec, apply_spp, subnetwork_view
-from hf_spp.app import markup, tasks
+from hf_spp.app import markup, page, tasks
 from hf_spp.app.contents import Contents
 from hf_spp.app.heat_map import heat_maps, kept_cells
 from hf_spp.app.measured import find_measured
@@ -292,11 +292,11 @@ def test_results_of_another_model_are_not_shown(vit, tmp_path):
     other = checkpoint(tmp_path / "vit", "vit", num_labels=6)
     report_of(other, tmp_path / "widths", labels=6)
     model, _ = load_reordered(vit)
-    assert find_measured(model, vit, [tmp_path / "widths"]) is None
+    assert find_measured(model, str(vit), vit, [tmp_path / "widths"]) is None
     with pytest.raises(AppError, match="is not this checkpoint"):
-        find_measured(model, vit, [], tmp_path / "widths")
+        find_measured(model, str(vit), vit, [], tmp_path / "widths")
     with pytest.raises(CheckpointError):
-        find_measured(model, vit, [], tmp_path)
+        find_measured(model, str(vit), vit, [], tmp_path)
 
 
 # Saliency
@@ -344,6 +344,26 @@ def test_names_from_outside_stay_text():
     assert "width:100.0%" in markup.comparison(found)
 
 
+def test_what_the_page_shows_when_something_is_moved(vit, tmp_path, picture):
+    report_of(vit, tmp_path / "widths")
+    contents = Contents.open(vit, widths=tmp_path / "widths")
+    sliders = lambda apart, width, heads, neurons: (contents.spec(heads / 100, neurons / 100), None)  # noqa: E731
+    shown = page._Handlers(contents, sliders)
+    stays, costs, times, quality, answers, maps = shown.refresh(True, 50, 50, 50, picture)
+    assert "2 of 3 heads and 8 of 20 neurons" in stays
+    assert "Parameters" in costs
+    assert times.count("measuring") == 2
+    assert '<tr class="here"><td>50 %' in quality
+    assert "Both say" in answers or "Full model: " in answers
+    assert maps.count("<svg") == 2
+    assert "× as fast" in shown.times(True, 50, 50, 50, picture)
+    quality = shown.refresh(True, 50, 30, 50, None)[3]
+    assert "hf-spp curve" in quality
+    assert "--dataset pictures" in quality
+    assert "width_report measures any spec" in quality
+    assert "There is no image yet" in shown.refresh(True, 50, 30, 50, None)[4]
+
+
 def test_a_missing_extra_says_what_to_install(monkeypatch, vit):
     monkeypatch.setitem(sys.modules, "gradio", None)
     assert 'Run `pip install "hf-spp[app]"`.' in refused("app", vit)
@@ -352,7 +372,10 @@ def test_a_missing_extra_says_what_to_install(monkeypatch, vit):
 def test_bad_input_gives_one_line(tmp_path, vit):
     assert "holds no spp_orders.safetensors" in refused("app", tmp_path)
     assert "Invalid value for '--port'" in refused("app", vit, "--port", "0")
-    assert "holds images, and" not in run("app", "--help").stdout
+    folder = checkpoint(tmp_path / "bert", "bert")
+    assert "'digits' holds images, and fill-mask of this model takes texts" in refused(
+        "app", folder, "--dataset", "digits"
+    )
 
 
 def test_classes_of_a_pair_are_compared_by_name():

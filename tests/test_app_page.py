@@ -1,9 +1,11 @@
 """The page that `hf-spp app` serves, in a browser."""
 
 import re
+import socket
+import subprocess
 
 import pytest
-from browser import visited
+from browser import COMMAND, visited
 from test_app import checkpoint, report_of
 
 LABELS = ["<img src=x onerror=document.title='broken'>", "${document.title='broken'}", "{{this}} & **bold**"]
@@ -49,7 +51,25 @@ def test_the_page_answers_in_a_browser(tmp_path):
             page.locator("#heads input[type=range]").press("ArrowRight")
         visit.wait_for("#stays", "3 of 3 heads and 8 of 20 neurons")
         visit.wait_for("#times", "× as fast")
+        config = page.evaluate("window.gradio_config")
+        assert config["analytics_enabled"] is False
+        assert {one["api_visibility"] for one in config["dependencies"]} == {"private"}
         assert "broken" not in page.title()
         assert visit.errors == []
         assert visit.foreign == []
     assert visit.code == 0
+
+
+@pytest.mark.slow
+def test_a_port_that_is_taken_is_named(tmp_path):
+    folder = checkpoint(tmp_path / "vit", "vit")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        words = [*COMMAND, str(folder), "--port", str(port), "--no-browser"]
+        run = subprocess.run(words, capture_output=True, text=True)
+    assert run.returncode == 2
+    assert run.stdout == ""
+    assert run.stderr.count("\n") == 1
+    assert f"cannot be served at 127.0.0.1, port {port}" in run.stderr

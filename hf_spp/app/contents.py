@@ -31,6 +31,7 @@ from .tasks import Comparison, Inputs, Task, find_task
 
 CUTS = ("heads", "query_heads", "ffn")
 EXAMPLES = 6
+_LOOKED_AT = 64
 # Forward passes are timed in turns, this many at least and at most, and no new turn begins after so many seconds.
 _FEWEST, _MOST, _SECONDS = 3, 9, 0.6
 
@@ -131,7 +132,7 @@ class Contents:
         """
         folder = fetch_checkpoint(source, revision=revision)
         model, reordering = load_reordered(folder, verify=False)
-        measured = find_measured(model, folder, [folder, *places], widths)
+        measured = find_measured(model, os.fspath(source), folder, [folder, *places], widths)
         task, reason = None, None
         try:
             with quiet_transformers(bars=False):
@@ -306,16 +307,13 @@ def _examples(dataset: str, folder: Path, task: Task) -> list[list[Any]]:
             f"Data set {dataset!r} holds {data.kind}s, and {task.name} of this model takes {' and '.join(kinds)}s. "
             "Accepted: data of the model's own kind. Name other data, or leave --dataset out."
         )
-    rows = data.validation.select(range(min(64, len(data.validation))))
+    rows = data.validation.select(range(min(_LOOKED_AT, len(data.validation))))
     order = sorted(range(len(rows)), key=_repetitions(rows[data.label_column]).__getitem__)
-    columns = data.input_columns * len(task.fields)
-    chosen = [rows[index] for index in order[:EXAMPLES]]
-    texts_left = [""] * (len(task.fields) - len(data.input_columns))
+    found = [[rows[index][column] for column in data.input_columns] for index in order]
     if task.name == "feature-extraction" and len(data.input_columns) == 1:
-        return [[rows[a][columns[0]], rows[b][columns[0]]] for a, b in zip(order[::2], order[1::2], strict=False)][
-            :EXAMPLES
-        ]
-    return [[*(row[column] for column in data.input_columns), *texts_left][: len(task.fields)] for row in chosen]
+        found = [[*one, *other] for one, other in zip(found[::2], found[1::2], strict=False)]
+    count = len(task.fields)
+    return [[*given, *[""] * count][:count] for given in found[:EXAMPLES]]
 
 
 def _repetitions(labels: Sequence[int]) -> list[int]:

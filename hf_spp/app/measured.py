@@ -51,12 +51,17 @@ class MeasuredWidths:
 
 
 def find_measured(
-    model: Any, folder: Path, places: Sequence[str | os.PathLike[str]], given: str | os.PathLike[str] | None = None
+    model: Any,
+    name: str,
+    folder: Path,
+    places: Sequence[str | os.PathLike[str]],
+    given: str | os.PathLike[str] | None = None,
 ) -> MeasuredWidths | None:
     """Read what was measured of a checkpoint, None if nothing was.
 
     Args:
         model: Its model.
+        name: What the user calls it, a folder or a Hub id.
         folder: Its folder.
         places: Folders in which results of this checkpoint may lie.
         given: The folder of results that the user named.
@@ -67,7 +72,7 @@ def find_measured(
     """
     if given is not None:
         report = WidthReport.load(given)
-        if not _is_of(report, model):
+        if not _is_of(report, model, name):
             raise AppError(
                 f"{Path(given) / RESULTS_NAME} was measured on {report.settings.get('model')} "
                 f"({report.rows[0]['parameters']:,} parameters), which is not this checkpoint. Accepted: what "
@@ -77,18 +82,17 @@ def find_measured(
     for place in map(Path, places):
         if (place / RESULTS_NAME).is_file() and is_report(checkpoint.read_json(place / RESULTS_NAME)):
             report = WidthReport.load(place)
-            if _is_of(report, model):
+            if _is_of(report, model, name):
                 return _from_report(report, model, place)
     return _from_card(folder / _CARD_NAME, model)
 
 
-def _is_of(report: WidthReport, model: Any) -> bool:
+def _is_of(report: WidthReport, model: Any, name: str) -> bool:
     settings, full = report.settings, report.rows[0]
-    name = Path(str(model.name_or_path)).name
     return (
         settings.get("model_class") == type(model).__name__
         and full["parameters"] == sum(one.numel() for one in model.parameters())
-        and Path(str(settings.get("model"))).name == name
+        and Path(str(settings.get("model"))).name == Path(name).name
     )
 
 
