@@ -53,7 +53,7 @@ def test_the_page_answers_in_a_browser(tmp_path):
         visit.wait_for("#times", "× as fast")
         config = page.evaluate("window.gradio_config")
         assert config["analytics_enabled"] is False
-        assert {one["api_visibility"] for one in config["dependencies"]} == {"private"}
+        assert "public" not in {one["api_visibility"] for one in config["dependencies"]}
         assert "broken" not in page.title()
         assert visit.errors == []
         assert visit.foreign == []

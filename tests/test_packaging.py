@@ -50,7 +50,13 @@ def test_sdist_holds_what_builds_it(built):
 
 def test_metadata_states_extras_and_range(built):
     metadata = built[3]
-    for line in ("Requires-Python: >=3.10", "Provides-Extra: demo", "Provides-Extra: test", "Provides-Extra: dev"):
+    for line in (
+        "Requires-Python: >=3.10",
+        "Provides-Extra: app",
+        "Provides-Extra: demo",
+        "Provides-Extra: test",
+        "Provides-Extra: dev",
+    ):
         assert line in metadata
     assert "Requires-Dist: transformers>=5.20" in metadata
     assert 'Requires-Dist: onnx>=1.17; extra == "test"' in metadata

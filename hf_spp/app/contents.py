@@ -8,15 +8,15 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..architectures import channel_groups
+from ..comparison.classification import load_classification_data
 from ..conversion import load_reordered
-from ..curves.named_data import load_named_data
+from ..curves.named_data import find_source
 from ..errors import AppError, SPPError
 from ..fetching import fetch_checkpoint
 from ..forward import evaluation_mode, place_inputs
@@ -141,7 +141,7 @@ class Contents:
             reason = str(error)
         examples: list[list[Any]] = []
         if dataset is not None and task is not None:
-            examples = _examples(dataset, folder, task)
+            examples = _examples(dataset, task)
         return cls(
             model,
             reordering,
@@ -298,9 +298,9 @@ class Contents:
                 notes.setLevel(level)
 
 
-def _examples(dataset: str, folder: Path, task: Task) -> list[list[Any]]:
+def _examples(dataset: str, task: Task) -> list[list[Any]]:
     """The first held-out examples of a data set, different classes first, as the fields of a task take them."""
-    data = load_named_data(dataset, folder).task.data
+    data = load_classification_data(dataset, *find_source(dataset))
     kinds = {field.kind for field in task.fields}
     if kinds != {data.kind}:
         raise AppError(

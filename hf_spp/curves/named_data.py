@@ -95,14 +95,15 @@ def load_named_data(
         DatasetError: It cannot be loaded, or lacks what classification needs.
         SPPError: Whatever fetching the data and the model's preprocessing raise.
     """
-    source, recipe = _find(name)
+    source, recipe = find_source(name)
     changes = {"image_size": image_size, "max_eval_samples": max_eval_samples}
     settings = {**recipe.to_dict(), **{key: value for key, value in changes.items() if value is not None}}
     recipe = Recipe(**settings)
     return NamedData(name, prepare_task(load_classification_data(name, source, recipe), model, recipe))
 
 
-def _find(name: str) -> tuple[DatasetSource, Recipe]:
+def find_source(name: str) -> tuple[DatasetSource, Recipe]:
+    """Where a data set of such a name is loaded from, and how it is split."""
     for preset in presets.PRESETS.values():
         if name in preset.datasets:
             return preset.datasets[name], preset.recipe
