@@ -50,6 +50,12 @@ class Visit:
         if parts.scheme not in ("data", "blob") and parts.hostname != "127.0.0.1":
             self.foreign.append(request.url)
 
+    def choose_example(self, number: int) -> None:
+        """Click an example, and wait for other answers."""
+        before = self.page.locator("#answers").inner_text()
+        self.page.locator("button.gallery-item").nth(number).click()
+        self.page.wait_for_function("before => document.querySelector('#answers').innerText !== before", arg=before)
+
     def wait_for(self, selector: str, text: str) -> str:
         """Wait until an element holds a text; gives all its text."""
         place = self.page.locator(selector).filter(has_text=text)

@@ -28,8 +28,7 @@ def test_the_page_answers_in_a_browser(tmp_path):
         answers = visit.wait_for("#answers", "Full model")
         assert sum(label in answers for label in names.values()) >= 5
         assert page.locator("h2").inner_text() == str(folder)
-        page.locator(".gallery button, button.gallery-item").nth(3).click()
-        page.wait_for_function("before => document.querySelector('#answers').innerText !== before", arg=answers)
+        visit.choose_example(3)
 
         heads = page.locator("svg[data-cut=heads]")
         assert heads.locator("g.cell").count() == 6

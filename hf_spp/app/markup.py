@@ -150,7 +150,7 @@ def _cells(line: Line, top: int, tall: int, left: int, widths: Mapping[str, int]
             f'y="{top}" width="{_CELL - 1}" height="{tall - 1}" fill="{color}"/>'
         )
         if origin is not None and tall == _CELL:
-            ink = "#fff" if value > _TURN and not gone else "#222"
+            ink = "var(--body-text-color)" if gone else "#fff" if value > _TURN else "#222"
             parts.append(
                 f'<text x="{x + _CELL / 2:g}" y="{top + tall / 2 + 4:g}" text-anchor="middle" font-size="11" '
                 f'style="fill:{ink}">{origin}</text>'

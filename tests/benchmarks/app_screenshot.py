@@ -30,6 +30,7 @@ from hf_spp.conversion import write_checkpoint
 DATASET = "fashion-mnist"
 WIDTHS = "0.25,0.5,0.75"
 MOVES = 5
+EXAMPLE = 2
 
 
 def fine_tuned(folder: Path) -> Path:
@@ -100,10 +101,14 @@ def take_picture(folder: Path, results: Path, picture: Path) -> None:
         found = [seconds_to(visit, *move) for move in moves]
         for what, taken in zip(("answers", "times"), zip(*found, strict=True), strict=True):
             print(f"slider to {what}: {statistics.median(taken):.2f} s ({min(taken):.2f} to {max(taken):.2f})")
-        visit.page.wait_for_timeout(1000)
+        visit.choose_example(EXAMPLE)
+        visit.page.mouse.move(0, 0)
+        # What fades in and out needs a moment.
+        visit.page.wait_for_timeout(3000)
+        visit.wait_for("#times", "as fast")
         taken = Image.open(io.BytesIO(visit.page.screenshot(full_page=True))).convert("RGB")
         print("errors:", visit.errors, "requests elsewhere:", visit.foreign)
-    taken.quantize(128, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(picture, optimize=True)
+    taken.quantize(256, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(picture, optimize=True)
     print(f"{picture}: {taken.width} x {taken.height}, {picture.stat().st_size / 1e3:.0f} kB")
 
 
