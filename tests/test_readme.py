@@ -409,7 +409,7 @@ def test_the_demo_runs(tmp_path):
 
 
 # By command that no block can run, as it does not end, the file of the test that runs it.
-RUN_ELSEWHERE: dict[str, str] = {}
+RUN_ELSEWHERE: dict[str, str] = {"app": "test_app_page.py"}
 
 
 def test_the_table_of_commands_lists_those_there_are_and_each_is_run():
