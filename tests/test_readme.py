@@ -218,6 +218,7 @@ OWN_TESTS = {
     "Command line: bash",
     "How it works: text",
     "API reference: bash",
+    "A page to play with: bash",  # test_app_page.py
     "Citation: bibtex",
 }
 

@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -269,12 +270,16 @@ class _Cuts:
 
 @contextmanager
 def _progress(total: int) -> Iterator[Callable[[str], None]]:
-    """A bar of all cuts on the standard error of a terminal or in a notebook; the function begins the next one."""
+    """A bar of all cuts on the standard error of a terminal or in a notebook; the function begins the next one.
+
+    A notebook without ipywidgets would keep a picture of every step.
+    """
     console = Console(stderr=True)
     bars = Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
     )
     task = bars.add_task("", total=total, completed=-1)
-    with quiet_transformers(bars=False), bars if console.is_terminal or console.is_jupyter else nullcontext():
+    shown = console.is_terminal or (console.is_jupyter and find_spec("ipywidgets") is not None)
+    with quiet_transformers(bars=False), bars if shown else nullcontext():
         yield lambda text: bars.update(task, description=text, advance=1)
         bars.update(task, completed=total)
