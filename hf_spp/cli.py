@@ -97,7 +97,7 @@ def demo(
 )
 def compare(
     preset: Annotated[
-        str | None, typer.Option(help="raffm-table1 (the paper's experiment) or demo; other options change it.")
+        str | None, typer.Option(help="raffm-table1 (the paper's), demo or demo-text; other options change it.")
     ] = None,
     model: Annotated[str | None, typer.Option(help="Hub id or folder of a pretrained model.")] = None,
     dataset: Annotated[

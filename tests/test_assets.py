@@ -81,7 +81,7 @@ def everything_but_locks(folder):
 def test_pins_are_complete():
     for asset in assets.ASSETS.values():
         assert re.fullmatch(r"[0-9a-f]{64}", asset.sha256)
-        assert asset.size > 1_000_000
+        assert asset.size > 500_000
         assert asset.filename.endswith(".deb" if asset.debian else "-py3-none-any.whl")
         assert asset.version in asset.filename
 
@@ -326,9 +326,9 @@ def test_other_packages_and_files_are_refused(tmp_path):
     path = tmp_path / "tiny.deb"
     path.write_bytes(debian_package({"a": b"b"}, data_name="data.tar.zst"))
     with pytest.raises(AssetError, match=r"holds no data\.tar\.xz"):
-        image_datasets._read_debian_package(path)
+        store.read_debian_package(path)
     path.write_bytes(debian_package({"a": b"b"}))
-    assert image_datasets._read_debian_package(path) == {"a": b"b"}
+    assert store.read_debian_package(path) == {"a": b"b"}
     with pytest.raises(AssetError, match="IDX file starts with"):
         image_datasets._read_idx(gzip.compress(b"\0\0\x0d\x01\0\0\0\0"))
 
@@ -355,6 +355,30 @@ def test_digits_need_no_download(cache, no_download):
     assert loaded["train"].features["label"].names == [str(digit) for digit in range(10)]
     assert assets.digits()["train"]["label"][:] == loaded["train"]["label"][:]
     assert visible(cache).count("digits") == 1
+
+
+def test_fortunes_from_their_package(offer, no_download):
+    topics = ("computers", "education", "food", "kids", "law", "science", "sports")
+    files = {"usr/share/games/fortunes/zippy": b"A topic that is not among the seven, long enough to be kept.\n"}
+    for topic in topics:
+        kept = [f"Text {number} about {topic}, broken\n\tinto lines of a terminal." for number in range(5)]
+        left_out = ["Too short.", "over and over " * 30, "Underlined _\b_\b in the way of the terminals of old."]
+        shared = "Every topic has this text of more than forty letters."
+        files[f"usr/share/games/fortunes/{topic}"] = (
+            "\n%\n".join([*kept, *left_out, shared, kept[0]]).encode() + b"\n%\n"
+        )
+    offer("fortunes", debian_package(files), debian=True)
+    loaded = assets.fortunes()
+    assert loaded["train"].features["label"].names == list(topics)
+    assert loaded["train"].info.license == "bsd-3-clause"
+    rows = [*loaded["train"], *loaded["test"]]
+    assert [len(loaded["train"]), len(loaded["test"])] == [28, 8]
+    assert Counter(row["label"] for row in loaded["test"]).keys() == set(range(7))
+    found = {row["text"]: topics[row["label"]] for row in rows}
+    assert found.pop("Every topic has this text of more than forty letters.") == "sports"
+    assert found == {
+        f"Text {n} about {topic}, broken into lines of a terminal.": topic for topic in topics for n in range(5)
+    }
 
 
 def test_demo_datasets():
@@ -429,3 +453,14 @@ def test_real_image_datasets():
     mnist = assets.mnist5k()
     assert Counter(mnist["train"]["label"]) == dict.fromkeys(range(10), 400)
     assert mnist["test"][0]["image"].size == (28, 28)
+
+
+@pytest.mark.slow
+def test_text_data_set_is_the_real_one():
+    loaded = assets.fortunes()
+    assert (len(loaded["train"]), len(loaded["test"])) == (1454, 364)
+    assert Counter(loaded["test"]["label"]) == {0: 134, 1: 33, 2: 30, 3: 24, 4: 30, 5: 93, 6: 20}
+    texts = [*loaded["train"]["text"], *loaded["test"]["text"]]
+    assert len(set(texts)) == 1818
+    assert min(map(len, texts)) == 40
+    assert max(map(len, texts)) == 300

@@ -128,3 +128,4 @@ def test_the_demo_is_small():
     recipe = PRESETS["demo"].recipe
     assert (recipe.max_train_samples, recipe.max_eval_samples, recipe.image_size) == (1000, 1000, 56)
     assert list(PRESETS["demo"].datasets) == ["fashion-mnist", "mnist-5k", "digits"]
+    assert list(PRESETS["demo-text"].datasets) == ["fortunes"]

@@ -3,6 +3,7 @@
 from .image_datasets import DEMO_DATASETS, digits, fashion_mnist, mnist5k
 from .models import dinov2_small, minilm, smollm2
 from .store import ASSETS, Asset, cache_folder
+from .text_datasets import fortunes
 
 __all__ = [
     "ASSETS",
@@ -12,6 +13,7 @@ __all__ = [
     "digits",
     "dinov2_small",
     "fashion_mnist",
+    "fortunes",
     "minilm",
     "mnist5k",
     "smollm2",

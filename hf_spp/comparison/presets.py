@@ -1,4 +1,4 @@
-"""Comparisons that are ready to run: the source's experiment, and the demo that installs without the Hub."""
+"""Comparisons that are ready to run: the source's experiment, and demos that install without the Hub."""
 
 import dataclasses
 import os
@@ -105,7 +105,20 @@ _DEMO = Preset(
     ),
 )
 
-PRESETS: Mapping[str, Preset] = MappingProxyType({"raffm-table1": _RAFFM_TABLE_1, "demo": _DEMO})
+_DEMO_TEXT = Preset(
+    description="all-MiniLM-L6-v2 on the topics of Debian's fortunes, from pinned packages; no Hub needed.",
+    model_name="sentence-transformers/all-MiniLM-L6-v2",
+    model=assets.minilm,
+    datasets=MappingProxyType({"fortunes": assets.fortunes}),
+    recipe=Recipe(validation_fraction=0.2, train_fraction=1.0, max_length=64),
+    learning_rate=3e-4,
+    methods=_METHODS,
+    quick=MappingProxyType({"datasets": {"fortunes": assets.fortunes}, "methods": ("original", "pruning-rank", "spp")}),
+)
+
+PRESETS: Mapping[str, Preset] = MappingProxyType(
+    {"raffm-table1": _RAFFM_TABLE_1, "demo": _DEMO, "demo-text": _DEMO_TEXT}
+)
 
 
 def run_preset(
