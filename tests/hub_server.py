@@ -8,13 +8,18 @@ The client reads HF_ENDPOINT when it is imported, so it runs in a process of its
         subprocess.run([sys.executable, "-c", script], env=server.environment("read"))
         assert server.requests[-1].status == 200
 
+From a shell, `python tests/hub_server.py [--user ME] [--repo ME/NAME=FOLDER ...] -- COMMAND ...` runs a command with
+the environment of a Hub that holds these folders as models, or nothing. The command writes there as that user, and the
+Hub ends with it.
+
 A server has two origins. `endpoint` is the Hub. `storage` is another port, where large files live: no token of the Hub
 may arrive there, and one that does is in `violations`. Large files go by LFS (basic and multipart), or by Xet when
 `environment(xet=True)`. All state is in files, and every commit is one file, so that a commit is there or is not.
 
-Tokens: `write` and `read` belong to the user `tester`, `foreign` (may write) to the user `stranger`.
+Tokens: `write` and `read` belong to the user `tester`, or who is named, `foreign` (may write) to the user `stranger`.
 """
 
+import argparse
 import base64
 import contextlib
 import hashlib
@@ -26,6 +31,8 @@ import secrets
 import shutil
 import socket
 import struct
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -42,7 +49,9 @@ import yaml
 
 KINDS = ("model", "dataset", "space")
 FAULTS = ("429", "500", "503", "drop_before", "drop_after", "truncate", "corrupt", "slow")
-_TOKENS = {"write": ("tester", "write"), "read": ("tester", "read"), "foreign": ("stranger", "write")}
+_USER = "tester"
+# Whether a token may write.
+_ROLES = {"write": "write", "read": "read", "foreign": "write"}
 # This server has no LZ4, so the client may not compress. It would wait 3 s before its first retry.
 _XET = {"HF_XET_XORB_COMPRESSION_POLICY": "none", "HF_XET_CLIENT_RETRY_BASE_DELAY": "50ms"}
 _INHERITED_OUT = re.compile(r"HF_(?!SPP_)|HUGGING|TRANSFORMERS_OFFLINE|.*_PROXY$", re.IGNORECASE)
@@ -241,12 +250,13 @@ class Server:
         lfs_threshold: Files of this many bytes or more, and binary files, are large files.
         part_size: Large files above this many bytes are uploaded in parts.
         page_size: Entries of one page of a listing.
+        user: To whom the tokens `write` and `read` belong.
     """
 
-    def __init__(self, folder: Path, lfs_threshold: int, part_size: int, page_size: int) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, lfs_threshold: int, part_size: int, page_size: int, user: str) -> None:
+        self.folder, self.user = folder, user
         self.lfs_threshold, self.part_size, self.page_size = lfs_threshold, part_size, page_size
-        self.tokens = {name: f"hf_{name}{secrets.token_hex(12)}" for name in _TOKENS}
+        self.tokens = {name: f"hf_{name}{secrets.token_hex(12)}" for name in _ROLES}
         self.requests: list[Exchange] = []
         self.violations: list[Exchange] = []
         self.crashes: list[BaseException] = []
@@ -439,12 +449,12 @@ class Server:
         return "xet" if secret in self._xet_tokens else names.get(secret, "unknown")
 
     def _user(self, request: Request, write: bool = False) -> str | None:
-        if request.token and request.token not in _TOKENS:
+        if request.token and request.token not in _ROLES:
             raise Refusal(401, "Invalid credentials in Authorization header")
-        user, role = _TOKENS[request.token] if request.token else (None, None)
+        user = ("stranger" if request.token == "foreign" else self.user) if request.token else None
         if write and user is None:
             raise Refusal(401, "Invalid username or password.")
-        if write and role != "write":
+        if write and _ROLES[request.token] != "write":
             raise Refusal(403, "This token has no permission to write")
         return user
 
@@ -513,7 +523,7 @@ class Server:
         if request.token is None:
             raise Refusal(401, "Invalid username or password.")
         user = self._user(request)
-        access = {"displayName": request.token, "role": _TOKENS[request.token][1]}
+        access = {"displayName": request.token, "role": _ROLES[request.token]}
         auth = {"type": "access_token", "accessToken": access}
         return _json({"type": "user", "id": user, "name": user, "fullname": user, "orgs": [], "auth": auth})
 
@@ -967,6 +977,7 @@ def serving(
     lfs_threshold: int = 10_000_000,
     part_size: int = 50_000_000,
     page_size: int = 1000,
+    user: str = _USER,
 ) -> Iterator[Server]:
     """Serve the Hub that a folder holds, or a new one, until the block ends.
 
@@ -975,11 +986,12 @@ def serving(
         lfs_threshold: Files of this many bytes or more, and binary files, are large files.
         part_size: Large files above this many bytes are uploaded in parts.
         page_size: Entries of one page of a listing.
+        user: To whom the tokens `write` and `read` belong.
 
     Raises:
         Exception: What the server itself failed with while it answered.
     """
-    server = Server(Path(folder).absolute(), lfs_threshold, part_size, page_size)
+    server = Server(Path(folder).absolute(), lfs_threshold, part_size, page_size, user)
     try:
         yield server
     finally:
@@ -1196,3 +1208,31 @@ def _files_of_shard(shard: bytes) -> Iterator[dict[str, Any]]:
 
 def _xet_hash(raw: bytes) -> str:
     return "".join(f"{number:016x}" for number in struct.unpack("<4Q", raw))
+
+
+# --- from a shell ----------------------------------------------------------------------------------------------------
+
+
+def main() -> int:
+    """Run the command of the command line with the environment of a Hub, and give its exit status."""
+    parser = argparse.ArgumentParser(description="Run a command with a Hub of its own on this machine.")
+    parser.add_argument("--user", default=_USER, help=f"who the command is on this Hub; {_USER} if not given")
+    parser.add_argument("--repo", action="append", default=[], metavar="ME/NAME=FOLDER", help="a model that it holds")
+    parser.add_argument("command", nargs="+", help="the command, after --")
+    given = parser.parse_args()
+    from hf_spp.assets import cache_folder
+
+    repositories = [repository.partition("=")[::2] for repository in given.repo]
+    for repo_id, folder in repositories:
+        if repo_id.count("/") != 1 or not (folder and Path(folder).is_dir()):
+            parser.error(f"--repo {repo_id}={folder}: give ME/NAME=FOLDER, with a folder that is there")
+    with tempfile.TemporaryDirectory() as state, serving(state, user=given.user) as server:
+        for repo_id, folder in repositories:
+            server.add_repository(repo_id, folder)
+        # The client's caches are new and go with the Hub; the pinned assets stay where they are.
+        environment = {**server.environment(), "HF_SPP_CACHE": str(cache_folder())}
+        return subprocess.run(given.command, env=environment).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

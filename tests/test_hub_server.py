@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 from hub_server import FAULTS, serving
 
+ROOT = Path(__file__).parent.parent
 needs_xet = pytest.mark.skipif(importlib.util.find_spec("hf_xet") is None, reason="hf_xet is not installed")
 
 # The client's waits are written down, not waited.
@@ -649,3 +650,44 @@ def test_environment(tmp_path, monkeypatch):
     assert plain["HF_SPP_CACHE"] == plain["OTHER"] == plain["HF_HUB_DISABLE_XET"] == "1"
     assert (xet["HF_HOME"], xet["HF_TOKEN"]) == (str(tmp_path / "cache"), server.tokens["read"])
     assert "HF_HUB_DISABLE_XET" not in xet
+
+
+IN_A_SHELL = """
+import os, sys
+from huggingface_hub import HfApi, hf_hub_download
+from hf_spp.assets import cache_folder
+api = HfApi()
+print(api.whoami()["name"], sorted(api.list_repo_files("someone/tiny")))
+print(open(hf_hub_download("someone/tiny", "sub/notes.txt")).read(), cache_folder())
+api.create_repo("me/new")
+api.upload_file(path_or_fileobj=b"words", path_in_repo="a.txt", repo_id="me/new")
+print(sorted(api.list_repo_files("me/new")), sys.argv[1:])
+sys.exit(7)
+"""
+
+
+def run_in_a_shell(*arguments, **variables):
+    command = [sys.executable, ROOT / "tests" / "hub_server.py", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+def test_a_command_runs_with_a_hub_of_its_own(tmp_path):
+    folder = write_files(tmp_path / "tiny", SMALL)
+    script = [sys.executable, "-c", IN_A_SHELL, "--model", "x"]
+    done = run_in_a_shell("--user", "me", "--repo", f"someone/tiny={folder}", "--", *script, HF_SPP_CACHE="/assets")
+    assert done.stdout.splitlines() == [
+        f"me {sorted(['.gitattributes', *SMALL])}",
+        "words /assets",
+        "['.gitattributes', 'a.txt'] ['--model', 'x']",
+    ], done.stderr
+    assert done.returncode == 7
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tiny"]
+
+
+@pytest.mark.parametrize("repository", ["tiny={}", "me/tiny={}/absent", "me/tiny"])
+def test_a_command_with_a_wrong_repository_does_not_run(tmp_path, repository):
+    done = run_in_a_shell("--repo", repository.format(tmp_path), "--", "touch", str(tmp_path / "ran"))
+    assert done.returncode == 2
+    assert "give ME/NAME=FOLDER, with a folder that is there" in done.stderr
+    assert list(tmp_path.iterdir()) == []
