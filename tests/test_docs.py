@@ -1,4 +1,4 @@
-"""What the documentation shows is what happens: cards and tables of benchmarks; see `test_readme.py` and `test_examples.py`."""
+"""What the documentation shows is what happens: cards and tables; see `test_readme.py` and `test_examples.py`."""
 
 import re
 from pathlib import Path
