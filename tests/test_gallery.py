@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from benchmarks.gallery import GALLERY, index
+from benchmarks.gallery import GALLERY, SUMMARY_NAME, index
 from huggingface_hub import ModelCard
 
 from hf_spp.cards.card_sections import find_section
@@ -33,7 +33,7 @@ def written(values):
 
 
 def stored(folder):
-    found = [json.loads(path.read_text()) for path in (folder / "spp_config.json", folder / "results.json")]
+    found = [json.loads(path.read_text()) for path in (folder / SUMMARY_NAME, folder / "results.json")]
     return [number for one in found for number in numbers(one)]
 
 

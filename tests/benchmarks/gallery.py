@@ -22,7 +22,7 @@ from hub_server import serving
 from texts import drawn, token_blocks
 from transformers import AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from hf_spp import SPPConfig, SubnetworkSpec, WidthReport, apply_spp, load_reordered, width_report
+from hf_spp import Reordering, SPPConfig, SubnetworkSpec, WidthReport, apply_spp, load_reordered, width_report
 from hf_spp import checkpoint as files
 from hf_spp.assets import dinov2_small, fashion_mnist, fortunes, minilm, smollm2
 from hf_spp.cards.reports import CARD_NAME, PLOTS
@@ -31,7 +31,7 @@ from hf_spp.cards.width_results import PLOTS as PLOTS_OF_WIDTHS
 from hf_spp.cards.width_rows import metrics_caption, width_table
 from hf_spp.comparison.classification import Recipe, load_classification_data, prepare_task
 from hf_spp.comparison.evaluation import compare_methods, recipe_arguments
-from hf_spp.config import CONFIG_NAME
+from hf_spp.comparison.presets import PRESETS, run_preset
 from hf_spp.conversion import write_checkpoint
 from hf_spp.curves.named_data import NamedData
 from hf_spp.curves.quality import Batch, measured, perplexity
@@ -40,12 +40,23 @@ CARDS = Path(__file__).parents[2] / "model_cards"
 SHARES = (0.25, 0.5, 0.75)
 SEEDS = (0, 1, 2)
 CALIBRATION, BATCH = 512, 16
+# What the orders say of themselves, which a card shows.
+SUMMARY_NAME = "reordering.json"
 
 
 def fine_tuned_dinov2(work: Path) -> Path:
     """DINOv2-small fine-tuned on Fashion-MNIST by every method; that of SPP, ordered again by what it then computes."""
     recipe = Recipe(0.3, 1.0, max_train_samples=2000, max_eval_samples=1000, image_size=56)
-    results = _compared(dinov2_small(), "facebook/dinov2-small", {"fashion-mnist": fashion_mnist}, recipe, work)
+    results = compare_methods(
+        dinov2_small(),
+        {"fashion-mnist": fashion_mnist},
+        tuple(METHODS),
+        recipe_arguments(learning_rate=5e-5),
+        recipe=recipe,
+        output_dir=work / "methods",
+        save_models=True,
+        model_name="facebook/dinov2-small",
+    )
     trained = results.output_dir / "models" / "fashion-mnist-spp"
     data = _data("fashion-mnist", fashion_mnist, trained, recipe)
     model, earlier = load_reordered(trained)
@@ -63,10 +74,9 @@ def fine_tuned_dinov2(work: Path) -> Path:
 
 def sentence_encoder(work: Path) -> Path:
     """all-MiniLM-L6-v2 as it is; fine-tuned by every method for the comparison."""
-    recipe = Recipe(0.3, 1.0, max_train_samples=1000, max_eval_samples=1000)
-    name = "sentence-transformers/all-MiniLM-L6-v2"
-    results = _compared(minilm(), name, {"fortunes": fortunes}, recipe, work)
-    data = _data("fortunes", fortunes, minilm(), recipe)
+    preset = PRESETS["demo-text"]
+    results = run_preset(preset, work / "methods")
+    data = _data("fortunes", fortunes, minilm(), preset.recipe)
     model, tokenizer = AutoModel.from_pretrained(minilm()).eval(), AutoTokenizer.from_pretrained(minilm())
     calibration = data.calibration_batches(CALIBRATION, BATCH)
     reordering = apply_spp(model, SPPConfig(metric="taylor"), calibration=calibration)
@@ -103,21 +113,6 @@ GALLERY: Mapping[str, tuple[Callable[[Path], Path], str]] = {
     "minilm-spp": (sentence_encoder, "all-MiniLM-L6-v2, a sentence encoder"),
     "smollm2-135m-spp": (language_model, "SmolLM2-135M-Instruct, a language model with grouped queries"),
 }
-
-
-def _compared(
-    model: Path, name: str, data: Mapping[str, Callable[[], Any]], recipe: Recipe, work: Path
-) -> ComparisonResults:
-    return compare_methods(
-        model,
-        data,
-        tuple(METHODS),
-        recipe_arguments(learning_rate=5e-5),
-        recipe=recipe,
-        output_dir=work / "methods",
-        save_models=True,
-        model_name=name,
-    )
 
 
 def _data(name: str, source: Callable[[], Any], model: Path, recipe: Recipe) -> NamedData:
@@ -196,9 +191,10 @@ def pushed(folder: Path, repo_id: str, target: Path) -> None:
         subprocess.run(["hf-spp", "push", folder, repo_id], env=server.environment(), check=True)
         shown = server.files(repo_id)
     for name, content in shown.items():
-        if name in (CARD_NAME, CONFIG_NAME) or Path(name).name == RESULTS_NAME or Path(name).suffix == ".png":
+        if name == CARD_NAME or Path(name).name == RESULTS_NAME or (Path(name).suffix == ".png" and "/" not in name):
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             (target / name).write_bytes(content)
+    files.write_json(target / SUMMARY_NAME, Reordering.from_pretrained(folder).summary())
 
 
 def main() -> None:
@@ -209,7 +205,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         work = args.work or Path(scratch)
         work.mkdir(parents=True, exist_ok=True)
-        pushed(GALLERY[args.name][0](work), f"my-name/{args.name}", CARDS / args.name)
+        pushed(GALLERY[args.name][0](work), f"tester/{args.name}", CARDS / args.name)
         if (work / RESULTS_NAME).is_file():
             shutil.copy(work / RESULTS_NAME, CARDS / args.name)
     (CARDS / CARD_NAME).write_text(index())
