@@ -1,7 +1,7 @@
 """Train in a loop of one's own with accelerate, and reorder the model in the middle of it.
 
     python examples/accelerate_loop.py [--max_steps 20] [--output_dir FOLDER]
-    accelerate launch --num_processes 2 examples/accelerate_loop.py
+    accelerate launch examples/accelerate_loop.py
 
 DINOv2-small learns scikit-learn's digits; neither needs the Hub. The optimizer's state moves with the weights, so
 training does not notice. Prints the mean loss of every five steps, and half-way how little the reordering changed the
@@ -37,6 +37,7 @@ class Options:
 set_seed(0)
 data = digits()["train"].with_transform(pixel_transform(AutoImageProcessor.from_pretrained(dinov2_small()), size=56))
 model = AutoModelForImageClassification.from_pretrained(dinov2_small(), num_labels=10)
+model.dinov2.embeddings.mask_token.requires_grad_(False)  # Pre-training alone uses it, and DDP waits for gradients.
 
 accelerator = Accelerator()
 optimizer = torch.optim.AdamW(model.parameters(), lr=5e-5)

@@ -17,8 +17,6 @@ SCRIPTS = {path.stem: path for path in sorted((ROOT / "examples").glob("*.py"))}
 # What a script runs after: a Hub that holds what another script wrote.
 ON_A_HUB = {"slice_from_hub": ("me/fortunes", "text_classification", "text-classification-spp")}
 NUMBER = r"[-+]?\d[\d,]*(?:\.\d+)?(?:e[-+]\d+)?"
-# Options of the commands that the scripts are run by.
-OTHER_FLAGS = {"repo", "num_processes"}
 
 
 def blocks(name):
@@ -54,7 +52,7 @@ def test_docstrings_say_how_to_run_and_what_is_printed(name):
     fields = set(re.findall(r"^    (\w+): ", source, flags=re.MULTILINE))
     if "TrainingArguments" in source:
         fields |= {field.name for field in dataclasses.fields(TrainingArguments)}
-    assert set(re.findall(r"--(\w+)", commands)) <= fields | OTHER_FLAGS
+    assert set(re.findall(r"--(\w+)", commands)) <= fields | {"repo"}
     if name not in ON_A_HUB:
         assert "output_dir" in fields
 
@@ -188,3 +186,16 @@ def test_prints_what_its_docstring_shows(name, printed):
         assert re.fullmatch(shape(wanted), line)
     assert len(lines) == len(shown)
     globals()[f"check_{name}"](folder, lines)
+
+
+@pytest.mark.distributed
+def test_the_loop_runs_on_two_processes(tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*launch, str(SCRIPTS["accelerate_loop"]), "--max_steps", "10"]
+    variables = {"ACCELERATE_USE_CPU": "true", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env={**environment(), **variables}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if not line.startswith("[")]
+    assert [line.split(":")[0] for line in lines[:-1]] == ["step 5", "reordered", "step 10"]
+    assert numbers(lines[2])[1] < numbers(lines[0])[1]
+    assert_checkpoint(tmp_path / "accelerate-spp")
