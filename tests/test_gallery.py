@@ -14,7 +14,7 @@ from hf_spp.cards.width_section import WIDTHS_END, WIDTHS_START, width_section
 
 CARDS = Path(__file__).parent.parent / "model_cards"
 NAMES = sorted(path.parent.name for path in CARDS.glob("*/README.md"))
-FIGURE = re.compile(r"(?<![\w.-])\d[\d,]*(?:\.\d+)?(?:e[+-]\d+)?(?![\w-])")
+FIGURE = re.compile(r"(?<![\w.-])\d+(?:,\d{3})*(?:\.\d+)?(?:e[+-]\d+)?(?![\w-])")
 FORMATS = ("{:,}", "{:.2f}", "{:.1f}", "{:.4f}", "{:.1e}", "{:.3g}", "{:.4g}", "{:,.0f}", "{}")
 
 

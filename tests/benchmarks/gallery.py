@@ -13,10 +13,15 @@ import argparse
 import copy
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+# The tests' Hub, and the texts beside this file, however this file is reached.
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parent))
 
 from hub_server import serving
 from texts import drawn, token_blocks
