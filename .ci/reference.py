@@ -8,7 +8,14 @@ import pdoc
 import hf_spp
 
 # What the README and the examples import from, beside the package itself.
-FURTHER = ("hf_spp.assets", "hf_spp.cards.eval_entries", "hf_spp.comparison.images", "hf_spp.comparison.metrics")
+FURTHER = (
+    "hf_spp.assets",
+    "hf_spp.cards.eval_entries",
+    "hf_spp.comparison.classification",
+    "hf_spp.comparison.evaluation",
+    "hf_spp.comparison.images",
+    "hf_spp.comparison.metrics",
+)
 
 for name in hf_spp.__all__:
     getattr(hf_spp, name)  # The package imports a name when it is first used, and pdoc does not ask for it.
