@@ -301,7 +301,7 @@ def curve(
     The card of a local DIR gets a section with the table and the plots.
     """
     with working("Starting"):
-        from .cards.reports import CARD_NAME
+        from .cards.card_header import CARD_NAME
         from .cards.width_results import check_report_folder
         from .conversion import load_reordered
         from .curves.measurement import width_report

@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from logging import ERROR, getLogger
 from pathlib import Path
 from typing import Any
 
@@ -270,6 +271,18 @@ def quiet_transformers(*, bars: bool = True) -> Iterator[None]:
             logging.enable_progress_bar()  # type: ignore[no-untyped-call]
             if not downloads:
                 disable_progress_bars()
+
+
+@contextmanager
+def without_notes(name: str) -> Iterator[None]:
+    """Leave out what a logger, and those below it, say beneath errors inside the block."""
+    logger = getLogger(name)
+    level = logger.level
+    logger.setLevel(ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def companion_files(source: str | os.PathLike[str]) -> dict[str, Path]:

@@ -13,9 +13,10 @@ from transformers.utils import logging
 
 from . import checkpoint, folders, hub
 from .architectures import channel_groups
+from .cards.card_header import CARD_NAME
 from .cards.eval_entries import ENTRIES_NAME, Benchmark, eval_result_files
 from .cards.published_card import has_own_section, is_own_card, published_card
-from .cards.reports import CARD_NAME, PLOTS, write_card
+from .cards.reports import PLOTS, write_card
 from .cards.result_rows import METRICS, Row
 from .cards.results import RESULTS_NAME, ComparisonResults
 from .cards.width_results import WidthReport
@@ -35,7 +36,8 @@ from .sums import SUMS_NAME, check_sums, files_of, read_sums, write_list
 logger = logging.get_logger(__name__)
 
 Layout = Literal["stock", "prefix"]
-Evaluation = Mapping[str, Mapping[str, float]] | ComparisonResults | WidthReport
+Results = Mapping[str, Mapping[str, float]] | ComparisonResults
+Evaluation = Results | WidthReport
 # What a push of new weights makes void, where it does not bring the file anew.
 _OF_WEIGHTS = re.compile(
     r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|spp_subnetwork\.json|spp_\w+/[^/]+"
@@ -263,7 +265,7 @@ def _card_of(folder: Path, scratch: Path) -> str:
 
 def _told_apart(
     evaluation: Evaluation | Sequence[Evaluation] | None,
-) -> tuple[WidthReport | None, Mapping[str, Mapping[str, float]] | ComparisonResults | None]:
+) -> tuple[WidthReport | None, Results | None]:
     """The report of widths, and what was measured of the whole model."""
     given: list[Any] = list(evaluation) if isinstance(evaluation, list | tuple) else [evaluation]
     reports = [one for one in given if isinstance(one, WidthReport)]
@@ -276,7 +278,7 @@ def _told_apart(
     return next(iter(reports), None), next(iter(others), None)
 
 
-def _lay_results(folder: Path, evaluation: Mapping[str, Mapping[str, float]] | ComparisonResults | None) -> list[Row]:
+def _lay_results(folder: Path, evaluation: Results | None) -> list[Row]:
     """Lay the results of a comparison into a folder, or give those of the model itself as rows."""
     if isinstance(evaluation, ComparisonResults):
         for name in (RESULTS_NAME, *PLOTS.values()):

@@ -77,7 +77,8 @@ def show_places(places: Mapping[str, Sequence[object]]) -> None:
 
 def show_comparison(results: "ComparisonResults", saved: Path | None) -> None:
     """Print the results' table, what was left out, and where everything lies."""
-    from .cards.reports import CARD_NAME, PLOTS
+    from .cards.card_header import CARD_NAME
+    from .cards.reports import PLOTS
     from .cards.result_rows import results_cells
     from .cards.results import RESULTS_NAME
 

@@ -8,8 +8,8 @@ from typing import Any
 from transformers import Trainer
 
 from . import checkpoint
+from .cards.card_header import CARD_NAME
 from .cards.published_card import carry_over
-from .cards.training_card import CARD_NAME
 from .cards.width_section import keep_widths
 from .orders_file import ORDERS_NAME
 from .saving import replacing_checkpoint

@@ -1,6 +1,5 @@
 """What the page shows of one checkpoint, computed without the page."""
 
-import logging
 import os
 import statistics
 import threading
@@ -20,7 +19,7 @@ from ..curves.named_data import find_source
 from ..errors import AppError, SPPError
 from ..fetching import fetch_checkpoint
 from ..forward import evaluation_mode, place_inputs
-from ..loading import quiet_transformers
+from ..loading import quiet_transformers, without_notes
 from ..reordering import Reordering
 from ..subnetworks import SubnetworkSpec, extract_subnetwork, subnetwork_view
 from ..subnetworks.costs import ParameterCount, count_flops, inputs_of, measure_latency, unit_of
@@ -288,14 +287,9 @@ class Contents:
     @contextmanager
     def _using(self) -> Iterator[None]:
         """The model alone, in evaluation mode, without gradients and without notes on every slice."""
-        notes = logging.getLogger("hf_spp")
-        with self._lock, torch.no_grad(), evaluation_mode(self.model), quiet_transformers(bars=False):
-            level = notes.level
-            notes.setLevel(logging.ERROR)
-            try:
-                yield
-            finally:
-                notes.setLevel(level)
+        quiet = quiet_transformers(bars=False), without_notes("hf_spp")
+        with self._lock, torch.no_grad(), evaluation_mode(self.model), quiet[0], quiet[1]:
+            yield
 
 
 def _examples(dataset: str, task: Task) -> list[list[Any]]:

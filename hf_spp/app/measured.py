@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import checkpoint
+from ..cards.card_header import CARD_NAME
 from ..cards.card_sections import find_section
 from ..cards.markdown import unescaped
 from ..cards.result_rows import unique
@@ -18,7 +19,6 @@ from ..cards.width_section import WIDTHS_END, WIDTHS_START, measured_how
 from ..errors import AppError, SPPError
 from ..subnetworks.spec import SubnetworkSpec
 
-_CARD_NAME = "README.md"
 _SHARE = re.compile(r"(\d+(?:\.\d+)?) %")
 _COLUMN = re.compile(r"(?<!\\)\|")
 
@@ -84,7 +84,7 @@ def find_measured(
             report = WidthReport.load(place)
             if _is_of(report, model, name):
                 return _from_report(report, model, place)
-    return _from_card(folder / _CARD_NAME, model)
+    return _from_card(folder / CARD_NAME, model)
 
 
 def _is_of(report: WidthReport, model: Any, name: str) -> bool:

@@ -12,6 +12,8 @@ from ..errors import CardError
 from .markdown import unescaped
 from .yaml_text import read_yaml, write_yaml
 
+# The file of a folder or repository that is its card.
+CARD_NAME = "README.md"
 # Marks the results of this package inside a model-index that others write to as well.
 METHOD_ARGUMENT = "spp_method"
 

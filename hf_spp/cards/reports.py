@@ -15,7 +15,7 @@ from ..hub import find_files
 from ..orders_file import ORDERS_NAME
 from ..reordering import Reordering
 from ..sums import renew_sums
-from .card_header import name_of, read_header, split_card
+from .card_header import CARD_NAME, name_of, read_header, split_card
 from .markdown import plain
 from .model_card import TAGS, CardContent, license_of, render_card, task_of_class, update_card_with_evaluation
 from .published_card import is_own_card
@@ -25,7 +25,6 @@ from .width_section import keep_widths
 
 logger = logging.get_logger(__name__)
 
-CARD_NAME = "README.md"
 CHECKPOINT_NAME = "checkpoint"
 SALIENCY_PLOT = "saliency.png"
 PLOTS = {"Accuracy by method": "accuracy.png", "Saliency of the channels, by axis and layer": SALIENCY_PLOT}

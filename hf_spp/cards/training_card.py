@@ -9,10 +9,9 @@ from transformers import PreTrainedModel
 
 from .. import checkpoint
 from ..reordering import Reordering
+from .card_header import CARD_NAME
 from .model_card import CardContent, render_card, task_of_class
 from .published_card import is_own_card, published_card, renew_evaluation
-
-CARD_NAME = "README.md"
 
 
 def evaluation_results(metrics: Mapping[str, Any], loader: Any) -> tuple[str, dict[str, float]]:

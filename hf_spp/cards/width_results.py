@@ -10,6 +10,7 @@ from .. import checkpoint
 from ..config import check_format_version
 from ..errors import CardError, CheckpointError
 from ..sums import renew_sums
+from .card_header import CARD_NAME
 from .markdown import plain
 from .results import FORMAT_VERSION, RESULTS_NAME
 from .width_plots import quality_curve
@@ -20,7 +21,6 @@ TABLE_NAME = "widths.md"
 PLOTS = {"parameters": "widths_parameters.png", "latency": "widths_latency.png"}
 _CAPTIONS = {"parameters": "Quality against parameters", "latency": "Quality against the time of a forward pass"}
 _REPORT = "widths"
-_CARD_NAME = "README.md"
 
 
 @dataclass(frozen=True)
@@ -113,10 +113,10 @@ class WidthReport:
             CardError: The markers of the section are damaged.
         """
         folder = Path(folder)
-        path = folder / _CARD_NAME
+        path = folder / CARD_NAME
         if not path.is_file():
             raise CheckpointError(
-                f"Folder '{folder}' has no {_CARD_NAME} to write the widths into. Accepted: a checkpoint with a card. "
+                f"Folder '{folder}' has no {CARD_NAME} to write the widths into. Accepted: a checkpoint with a card. "
                 "Write one first (hf-spp card)."
             )
         drawn = self.plots()
@@ -124,7 +124,7 @@ class WidthReport:
         text = update_card_with_widths(checkpoint.read_text(path), width_section(self.rows, self.settings, plots))
         self._write_plots(folder, drawn)
         checkpoint.write_text(path, text)
-        renew_sums(folder, [_CARD_NAME, *PLOTS.values()])
+        renew_sums(folder, [CARD_NAME, *PLOTS.values()])
         return path
 
     def _write_plots(self, folder: Path, drawn: Mapping[str, bytes] | None = None) -> None:

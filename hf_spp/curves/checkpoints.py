@@ -1,9 +1,6 @@
 """Reordered checkpoints: load one with its order known, and save what is cut out of it."""
 
-import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +8,7 @@ from typing import Any
 from .. import checkpoint, folders
 from ..architectures import channel_groups
 from ..errors import SubnetworkError
-from ..loading import companion_files, quiet_transformers
+from ..loading import companion_files, quiet_transformers, without_notes
 from ..subnetworks import record
 from ..subnetworks.widths import cut_of
 
@@ -72,7 +69,8 @@ def save_slice(
         )
     beside = companion_files(source)
     with folders.replacing_folder(target, overwrite=overwrite) as folder:
-        with quiet_transformers(bars=False), _without_notes(record.__name__):
+        # What is said about the slice names the folder that it is built in.
+        with quiet_transformers(bars=False), without_notes(record.__name__):
             small.save_pretrained(folder)
         checkpoint.copy_missing(beside, folder)
     weights = [list(one.parameters()) for one in (model, small)]
@@ -97,15 +95,3 @@ def _cuts(model: Any, found: record.SubnetworkRecord) -> dict[str, tuple[int, in
         kept = [found.widths.get(group.name, group.size) for group in own]
         cuts[name] = (len(own), max(group.size for group in own), min(kept), max(kept))
     return cuts
-
-
-@contextmanager
-def _without_notes(name: str) -> Iterator[None]:
-    """Leave out a module's warnings: what is said about the slice names the folder that it is built in."""
-    logger = logging.getLogger(name)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

@@ -27,7 +27,8 @@ from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 from hf_spp import Reordering, SPPConfig, SubnetworkSpec, WidthReport, apply_spp, load_reordered, width_report
 from hf_spp import checkpoint as files
 from hf_spp.assets import dinov2_small, fashion_mnist, fortunes, minilm
-from hf_spp.cards.reports import CARD_NAME, PLOTS
+from hf_spp.cards.card_header import CARD_NAME
+from hf_spp.cards.reports import PLOTS
 from hf_spp.cards.results import METHODS, RESULTS_NAME, ComparisonResults
 from hf_spp.cards.width_results import PLOTS as PLOTS_OF_WIDTHS
 from hf_spp.cards.width_rows import metrics_caption, width_table
