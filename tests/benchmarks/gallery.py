@@ -127,7 +127,12 @@ def _add_widths(
     report = width_report(
         model,
         list(data),
-        {f"{100 * one:g} %": SubnetworkSpec.from_budget(model, fraction=one, within=within) for one in shares},
+        {
+            f"{100 * one:g} % of {within.rpartition('.')[2]}": SubnetworkSpec.from_budget(
+                model, fraction=one, within=within
+            )
+            for one in shares
+        },
         calibration=calibration,
         random_control=SEEDS,
         dataset_name=name,
