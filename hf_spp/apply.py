@@ -20,8 +20,9 @@ Indices = Mapping[str, Dims]
 Move = tuple[AnyTensor, Dims]
 Moves = Mapping[str, Move]
 
-# Tensors are gathered a piece at a time: both copies of a piece stay in a processor's cache, and no more is held.
-_PIECE_BYTES = 2 << 20
+# Tensors are gathered a piece at a time, and no more is held twice. On a CPU both copies of a piece stay in the cache,
+# and are too small for the system to make new memory for each, which glibc asks for from 1 MiB on.
+_PIECE_BYTES = 1000 << 10
 _ACCELERATOR_PIECE_BYTES = 64 << 20
 # A constant as large as this is a mark, such as the value of a mask, and no weight.
 _LARGEST_WEIGHT = 1e4

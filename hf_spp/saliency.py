@@ -16,8 +16,12 @@ from .channels import ChannelGroup
 from .errors import NonFiniteWeightsError, SPPConfigError
 from .processes import whole
 
-# Weights are reduced some rows at a time, so that their float64 copies stay in the processor's cache.
-_PIECE_BYTES = 2 << 20
+# Weights are reduced some rows at a time. On a CPU the float64 copies of these rows stay in the cache, and are too
+# small for the system to make new memory for each.
+_PIECE_BYTES = 512 << 10
+_ACCELERATOR_PIECE_BYTES = 256 << 20
+# A stack with entries of this size is reduced entry by entry, so that it need not be held whole.
+_LARGE_ENTRY_BYTES = 2 << 20
 
 
 class Entries(Protocol):
@@ -117,15 +121,22 @@ def channel_sums(tensor: Tensor | Entries, dim: int, power: int, *, stacked: boo
         tensor = torch.stack(list(tensor))
     last = dim == tensor.dim() - 1
     matrix = tensor.flatten(0, -2) if last else tensor.movedim(dim, 0).flatten(1)
-    rows = max(1, _PIECE_BYTES // (matrix.shape[1] * matrix.element_size()))
-    pieces = (piece.to(torch.float64, copy=True) for piece in torch.split(matrix, rows))
-    sums = [(piece.abs_() if power == 1 else piece.square_()).sum(0 if last else 1) for piece in pieces]
-    return (torch.stack(sums).sum(0) if last else torch.cat(sums)).cpu()
+    size = _PIECE_BYTES if tensor.device.type == "cpu" else _ACCELERATOR_PIECE_BYTES
+    rows = max(1, size // (8 * matrix.shape[1]))
+    sums = matrix.new_zeros(matrix.shape[int(last)], dtype=torch.float64)
+    for start in range(0, len(matrix), rows):
+        piece = matrix[start : start + rows].to(torch.float64, copy=True)
+        piece = piece.abs_() if power == 1 else piece.square_()
+        if last:
+            sums += piece.sum(0)
+        else:
+            sums[start : start + rows] = piece.sum(1)
+    return sums.cpu()
 
 
 def has_large_entries(tensor: Tensor | Entries) -> bool:
     """Whether a tensor is a stack whose entries are reduced one by one, so that it need not be held whole."""
-    return len(tensor.shape) > 2 and math.prod(tensor.shape[1:]) * tensor.element_size() >= _PIECE_BYTES
+    return len(tensor.shape) > 2 and math.prod(tensor.shape[1:]) * tensor.element_size() >= _LARGE_ENTRY_BYTES
 
 
 def check_finite(tensors: Mapping[str, Tensor], seen: Collection[str] = ()) -> None:

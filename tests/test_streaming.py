@@ -104,7 +104,7 @@ def test_dtypes(name, dtype, tmp_path):
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt_oss"])
 def test_stacks_that_are_read_entry_by_entry(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(saliency, "_PIECE_BYTES", 64)
+    monkeypatch.setattr(saliency, "_LARGE_ENTRY_BYTES", 64)
     model = build(name)
     model.save_pretrained(tmp_path / "source")
     config = SPPConfig(axes=legal_axes(model), verify=False)
