@@ -20,9 +20,9 @@ Indices = Mapping[str, Dims]
 Move = tuple[AnyTensor, Dims]
 Moves = Mapping[str, Move]
 
-# Tensors are gathered a piece at a time, and no more is held twice. On a CPU both copies of a piece stay in the cache,
-# and are too small for the system to make new memory for each, which glibc asks for from 1 MiB on.
-_PIECE_BYTES = 1000 << 10
+# Tensors are gathered a piece at a time, and no more is held twice. The pieces of a tensor go through the same memory:
+# the system makes new memory more slowly than a CPU gathers.
+_PIECE_BYTES = 4 << 20
 _ACCELERATOR_PIECE_BYTES = 64 << 20
 # A constant as large as this is a mark, such as the value of a mask, and no weight.
 _LARGEST_WEIGHT = 1e4
@@ -297,21 +297,26 @@ def _gather_dim(tensor: Tensor, dim: int, index: Tensor) -> None:
     """Gather one dimension in place, a piece of the others at a time."""
     pieces, dim = _pieces(tensor, dim)
     index = index.to(tensor.device)
+    spare = tensor.new_empty(max((piece.numel() for piece in pieces), default=0))
     done = 0
     try:
         for piece in pieces:
-            _move(piece, dim, index)
+            _move(piece, dim, index, spare)
             done += 1
     except BaseException:
         for piece in pieces[:done]:
-            _move(piece, dim, index.argsort())
+            _move(piece, dim, index.argsort(), spare)
         raise
 
 
-def _move(piece: Tensor, dim: int, index: Tensor) -> None:
+def _move(piece: Tensor, dim: int, index: Tensor, spare: Tensor) -> None:
+    moved = spare[: piece.numel()].view(piece.shape)
     # On a CPU the one is faster along columns, the other along rows.
-    columns = dim == 1 and piece.dim() == 2
-    piece.copy_(piece.gather(1, index.expand(piece.shape[0], -1)) if columns else piece.index_select(dim, index))
+    if dim == 1 and piece.dim() == 2:
+        torch.gather(piece, 1, index.expand(piece.shape[0], -1), out=moved)
+    else:
+        torch.index_select(piece, dim, index, out=moved)
+    piece.copy_(moved)
 
 
 def _pieces(tensor: Tensor, dim: int) -> tuple[Sequence[Tensor], int]:

@@ -16,9 +16,9 @@ from .channels import ChannelGroup
 from .errors import NonFiniteWeightsError, SPPConfigError
 from .processes import whole
 
-# Weights are reduced some rows at a time. On a CPU the float64 copies of these rows stay in the cache, and are too
-# small for the system to make new memory for each.
-_PIECE_BYTES = 512 << 10
+# Weights are reduced some rows at a time, whose float64 copies take the same memory one after another: the system makes
+# new memory more slowly than a CPU reduces.
+_PIECE_BYTES = 8 << 20
 _ACCELERATOR_PIECE_BYTES = 256 << 20
 # A stack with entries of this size is reduced entry by entry, so that it need not be held whole.
 _LARGE_ENTRY_BYTES = 2 << 20
@@ -123,9 +123,11 @@ def channel_sums(tensor: Tensor | Entries, dim: int, power: int, *, stacked: boo
     matrix = tensor.flatten(0, -2) if last else tensor.movedim(dim, 0).flatten(1)
     size = _PIECE_BYTES if tensor.device.type == "cpu" else _ACCELERATOR_PIECE_BYTES
     rows = max(1, size // (8 * matrix.shape[1]))
+    copies = matrix.new_empty((min(rows, len(matrix)), matrix.shape[1]), dtype=torch.float64)
     sums = matrix.new_zeros(matrix.shape[int(last)], dtype=torch.float64)
     for start in range(0, len(matrix), rows):
-        piece = matrix[start : start + rows].to(torch.float64, copy=True)
+        part = matrix[start : start + rows]
+        piece = copies[: len(part)].copy_(part)
         piece = piece.abs_() if power == 1 else piece.square_()
         if last:
             sums += piece.sum(0)
