@@ -12,6 +12,7 @@ import warnings
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -32,6 +33,7 @@ from hf_spp import (
     extract_subnetwork,
     load_subnetwork,
     save_width,
+    write_prefix_layout,
 )
 from hf_spp.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, write_adapter
 from hf_spp.cards.model_card import CardContent, license_of, render_card, update_card_with_evaluation
@@ -44,12 +46,14 @@ from hf_spp.errors import CheckpointError
 from hf_spp.loading import load_model
 from hf_spp.orders_file import ORDERS_NAME, _seal
 from hf_spp.stored_state import STATE_NAME, pack_text, read_state
+from hf_spp.subnetworks.prefix_layout import PREFIX_FOLDER, PREFIX_INDEX, usable_copies
 from hf_spp.subnetworks.record import RECORD_NAME, SubnetworkRecord
 from hf_spp.sums import SUMS_NAME, check_sums, write_sums
-from hf_spp.tensor_files import INDEX_NAME, read_weights
+from hf_spp.tensor_files import INDEX_NAME, read_header, read_weights
 
 SECONDS = 10
 SHARD = "model-00001-of-00005.safetensors"
+COPIES = f"{PREFIX_FOLDER}/model-00002-of-00005.safetensors"
 WIDTH = "spp_widths/half.safetensors"
 CARD = """---
 license: apache-2.0
@@ -78,11 +82,12 @@ old
 
 @dataclass(frozen=True)
 class Files:
-    """Folders of whole files, and the model that they belong to."""
+    """Folders of whole files, the model that they belong to, and the SHA-256 sums of its weights."""
 
     model: object
     folder: Path
     small: Path
+    sums: dict[str, str]
 
 
 @pytest.fixture(scope="module")
@@ -114,8 +119,10 @@ def whole(tmp_path_factory):
     state = {"global_step": 1, "stateful_callbacks": {"SPPCallback": {"args": {}, "attributes": attributes}}}
     (folder / STATE_NAME).write_text(json.dumps(state))
     write_adapter(folder / "adapter", adapter_of(model), {"format": "pt"}, {"peft_type": "LORA", "r": 2})
+    write_prefix_layout(folder)
     write_sums(folder)
-    return Files(model, folder, small)
+    sums = {name: checkpoint.sha256_of(folder / name) for name in read_weights(folder).headers}
+    return Files(model, folder, small, sums)
 
 
 def adapter_of(model):
@@ -178,6 +185,14 @@ def read_adapter(files, folder):
     Reordering.from_pretrained(folder).remap_adapter(folder / "adapter", save_directory=folder / "remapped")
 
 
+def read_prefix_index(files, folder):
+    remote = {name: SimpleNamespace(sha256=one) for name, one in files.sums.items()}
+    for path, copies in usable_copies(folder, remote).items():
+        tensors = read_header(files.folder / copies.source).tensors
+        for name, copy in read_header(folder / path).tensors.items():
+            copies.check(name, copy, tensors.get(name))
+
+
 def read_stored_state(files, folder):
     stored = read_state(folder)
     if stored is not None and stored.reordering is not None:
@@ -199,6 +214,8 @@ READERS = {
     f"adapter/{ADAPTER_CONFIG}": read_adapter,
     INDEX_NAME: lambda files, folder: read_weights(folder),
     SHARD: lambda files, folder: read_weights(folder),
+    PREFIX_INDEX: read_prefix_index,
+    COPIES: read_prefix_index,
 }
 # These build models, which takes longer.
 LOADERS = {

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import build_inputs, build_model, legal_axes
+from damage import damaged_bytes, damaged_json
 from hub_server import serving
 from safetensors.torch import load_file, save_file
 from test_stored_names import build
@@ -317,6 +318,34 @@ def test_work_on_something_else_is_not_gone_on_with(change, tmp_path, monkeypatc
     assert written == list(read_weights(source).headers)
     reorder_checkpoint(source, tmp_path / "whole", config)
     assert same(target, tmp_path / "whole")
+
+
+def test_damaged_work_is_done_again(tmp_path, monkeypatch):
+    """Whatever a crash has made of the unfinished work, the result is the same."""
+    source, target = tmp_path / "source", tmp_path / "target"
+    build_model("llama").save_pretrained(source, max_shard_size="12KB")
+    reorder_checkpoint(source, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        with pytest.raises(Stop):
+            reorder_checkpoint(source, target)
+    work, kept = tmp_path / ".target.spp-stream", tmp_path / "kept"
+    shutil.copytree(work, kept)
+    names = ["manifest.json"] * 3 + [f"checkpoint/{path.name}" for path in sorted((kept / "checkpoint").iterdir())]
+    for seed in range(30):
+        draw = random.Random(seed)
+        shutil.rmtree(work, ignore_errors=True)
+        shutil.rmtree(target, ignore_errors=True)
+        shutil.copytree(kept, work)
+        name = names[seed % len(names)]
+        data = (work / name).read_bytes()
+        as_values = name.endswith(".json") and draw.random() < 0.7
+        broken = damaged_json(json.loads(data), draw).encode() if as_values else damaged_bytes(data, draw)
+        (work / name).write_bytes(broken)
+        reorder_checkpoint(source, target)
+        assert same(target, tmp_path / "whole")
+        assert check_sums(target)
+    assert unfinished(tmp_path) == []
 
 
 def test_two_processes_do_not_write_one_target(tmp_path):
