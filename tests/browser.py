@@ -63,12 +63,9 @@ class Visit:
         return place.inner_text()
 
 
-def find_browser() -> str:
-    """Path of the system's Chromium; Playwright's own is another download."""
-    found = next((path for name in BROWSERS if (path := shutil.which(name))), None)
-    if found is None:
-        raise FileNotFoundError(f"None of {', '.join(BROWSERS)} is installed. Run `apt-get install chromium`.")
-    return found
+def find_browser() -> str | None:
+    """Path of the system's Chromium, if it has one; Playwright's own is another download."""
+    return next((path for name in BROWSERS if (path := shutil.which(name))), None)
 
 
 @contextmanager

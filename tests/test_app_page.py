@@ -5,12 +5,16 @@ import socket
 import subprocess
 
 import pytest
-from browser import COMMAND, visited
+from browser import BROWSERS, COMMAND, find_browser, visited
 from test_app import checkpoint, report_of
 
+needs_browser = pytest.mark.skipif(
+    find_browser() is None, reason=f"None of {', '.join(BROWSERS)} is installed. Run `apt-get install chromium`."
+)
 LABELS = ["<img src=x onerror=document.title='broken'>", "${document.title='broken'}", "{{this}} & **bold**"]
 
 
+@needs_browser
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
 def test_the_page_answers_in_a_browser(tmp_path):

@@ -2,6 +2,7 @@
 
     python tests/benchmarks/gallery.py dinov2-small-fashion-mnist-spp
     python tests/benchmarks/gallery.py minilm-spp
+    python tests/benchmarks/gallery.py smollm2-135m-spp
 
 Each writes the card and its plots, as the Hub shows them, and the results that their figures come from into
 `model_cards/NAME`, and the index of all into `model_cards/README.md`. `--work FOLDER` keeps the checkpoint too, and a
@@ -9,6 +10,7 @@ comparison that was stopped goes on there.
 """
 
 import argparse
+import copy
 import shutil
 import subprocess
 import sys
@@ -22,11 +24,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 
 from hub_server import serving
-from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+from texts import drawn, token_blocks
+from transformers import AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from hf_spp import Reordering, SPPConfig, SubnetworkSpec, WidthReport, apply_spp, load_reordered, width_report
 from hf_spp import checkpoint as files
-from hf_spp.assets import dinov2_small, fashion_mnist, fortunes, minilm
+from hf_spp.assets import dinov2_small, fashion_mnist, fortunes, minilm, smollm2
 from hf_spp.cards.card_header import CARD_NAME
 from hf_spp.cards.reports import PLOTS
 from hf_spp.cards.results import METHODS, RESULTS_NAME, ComparisonResults
@@ -37,12 +40,14 @@ from hf_spp.comparison.evaluation import compare_methods, recipe_arguments
 from hf_spp.comparison.presets import PRESETS, run_preset
 from hf_spp.conversion import write_checkpoint
 from hf_spp.curves.named_data import NamedData
-from hf_spp.curves.quality import Batch
+from hf_spp.curves.quality import Batch, measured, perplexity
 
 CARDS = Path(__file__).parents[2] / "model_cards"
 SHARES = (0.25, 0.5, 0.75)
 SEEDS = (0, 1, 2)
 CALIBRATION, BATCH = 512, 16
+# Of the language model's text: blocks of 256 tokens to test on, and of 128 to calibrate with.
+BLOCKS, CALIBRATION_TEXTS = 16, 64
 # What the orders say of themselves, which a card shows.
 SUMMARY_NAME = "reordering.json"
 
@@ -89,9 +94,37 @@ def sentence_encoder(work: Path) -> Path:
     return folder
 
 
+def language_model(work: Path) -> Path:
+    """SmolLM2-135M as it is. Pruning-Rank is not defined for it, whose query and key rows are rotated."""
+    tokenizer = AutoTokenizer.from_pretrained(smollm2())
+    tests = [{"input_ids": one, "labels": one} for one in token_blocks(tokenizer, "test", 256)[:BLOCKS].split(4)]
+    texts = drawn(token_blocks(tokenizer, "calibration", 128), CALIBRATION_TEXTS, seed=0)
+    calibration = [{"input_ids": one} for one in texts.split(4)]
+    original = AutoModelForCausalLM.from_pretrained(smollm2()).eval()
+    shuffled, model = copy.deepcopy(original), copy.deepcopy(original)
+    apply_spp(shuffled, SPPConfig(metric="random"))
+    reordering = apply_spp(model, SPPConfig(metric="taylor"), calibration=calibration)
+    methods = {"original": original, "random": shuffled, "spp": model}
+    rows = [
+        {
+            "dataset": "python-docs",
+            "method": method,
+            "metrics": measured(perplexity, one, tests),
+            "eval_samples": BLOCKS,
+        }
+        for method, one in methods.items()
+    ]
+    folder = _new_folder(work)
+    write_checkpoint(folder, model, reordering, source=smollm2(), processing_class=tokenizer, rows=rows)
+    files.write_json(work / RESULTS_NAME, {"rows": rows})
+    _add_widths(folder, model, tests, "model.layers", (0.7, 0.8, 0.9), calibration, "python-docs")
+    return folder
+
+
 GALLERY: Mapping[str, tuple[Callable[[Path], Path], str]] = {
     "dinov2-small-fashion-mnist-spp": (fine_tuned_dinov2, "DINOv2-small, fine-tuned on Fashion-MNIST"),
     "minilm-spp": (sentence_encoder, "all-MiniLM-L6-v2, a sentence encoder"),
+    "smollm2-135m-spp": (language_model, "SmolLM2-135M-Instruct, a language model with grouped queries"),
 }
 
 
