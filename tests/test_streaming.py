@@ -18,7 +18,16 @@ from hub_server import serving
 from safetensors.torch import load_file, save_file
 from test_stored_names import build
 
-from hf_spp import Reordering, SPPConfig, apply_spp, reorder_checkpoint, saliency, streaming
+from hf_spp import (
+    Reordering,
+    SPPConfig,
+    apply_spp,
+    reorder_checkpoint,
+    saliency,
+    streaming,
+    tensor_stream,
+    unfinished_work,
+)
 from hf_spp.conversion import load_original, save_reordered, verify_checkpoint
 from hf_spp.errors import (
     CalibrationError,
@@ -31,6 +40,7 @@ from hf_spp.errors import (
 )
 from hf_spp.sums import check_sums
 from hf_spp.tensor_files import INDEX_NAME, open_tensors, read_tensor, read_weights
+from hf_spp.unfinished_work import work_folder
 
 SCRIPT = Path(__file__).parent / "streamed_script.py"
 
@@ -111,8 +121,8 @@ def test_stacks_that_are_read_entry_by_entry(name, tmp_path, monkeypatch):
     config = SPPConfig(axes=legal_axes(model), verify=False)
     expected = in_memory(tmp_path / "source", tmp_path / "expected", config)
     read = []
-    live = streaming._Files.live
-    monkeypatch.setattr(streaming._Files, "live", lambda *rest: read.append(live(*rest)) or read[-1])
+    live = tensor_stream.TensorStream.live
+    monkeypatch.setattr(tensor_stream.TensorStream, "live", lambda *rest: read.append(live(*rest)) or read[-1])
     found = reorder_checkpoint(tmp_path / "source", tmp_path / "found", config)
     assert max(one.numel() for one in read if one.dim() > 2) <= 40 * 24
     assert all(torch.equal(values, expected.scores[name]) for name, values in found.scores.items())
@@ -256,7 +266,7 @@ class Stop(BaseException):
 
 def stop_after(monkeypatch, count):
     """Let the process die before it writes one more file of weights."""
-    write, written = streaming.write_tensors, []
+    write, written = unfinished_work.write_tensors, []
 
     def limited(path, head, data):
         if len(written) == count:
@@ -264,7 +274,7 @@ def stop_after(monkeypatch, count):
         written.append(Path(path).name)
         return write(path, head, data)
 
-    monkeypatch.setattr(streaming, "write_tensors", limited)
+    monkeypatch.setattr(unfinished_work, "write_tensors", limited)
     return written
 
 
@@ -351,7 +361,7 @@ def test_damaged_work_is_done_again(tmp_path, monkeypatch):
 def test_two_processes_do_not_write_one_target(tmp_path):
     build_model("llama").save_pretrained(tmp_path / "source")
     with (
-        streaming._work_folder(tmp_path / "target"),
+        work_folder(tmp_path / "target"),
         pytest.raises(CheckpointError, match="Another process is reordering"),
     ):
         reorder_checkpoint(tmp_path / "source", tmp_path / "target")
