@@ -292,7 +292,7 @@ def test_body_shows_runs_without_differences():
 
 def test_body_shows_what_the_trainer_measured():
     card = render_card(content(rows=[MEASURED], pipeline_tag="text-generation", fine_tuned=True))
-    assert "Measured by the trainer's evaluation:\n\n| Data set | Method | loss |" in str(card)
+    assert "Measured in evaluation mode:\n\n| Data set | Method | loss |" in str(card)
     assert "| wiki | SPP | 2.5 |" in str(card)
     assert "Accuracy" not in str(card)
     assert [(r.metric_type, r.metric_value) for r in card.data.eval_results] == [("loss", 2.5)]

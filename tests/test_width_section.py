@@ -44,6 +44,12 @@ def test_table_has_a_line_for_each_width_and_a_column_for_each_kind():
     )
 
 
+def test_long_times_are_written_out():
+    slow = row("full", "full", 0.8, 1.0, batches=(16,))
+    slow["latency"][0].update(milliseconds=1542.7, spread=[1489.9, 12345.6])
+    assert "| 1,540 (1,490–12,300) |" in width_table([slow, row()])
+
+
 def test_table_without_times_and_with_lost_values():
     given = [row("full", "full", share=1.0, batches=(), metrics={"perplexity": 12.345})]
     given += [row(batches=(), metrics={"perplexity": 123456.7}), row("25 %", batches=(), metrics={"perplexity": None})]
@@ -58,6 +64,7 @@ def test_table_without_times_and_with_lost_values():
         ("accuracy", 0.12345, "12.35"),
         ("cosine", 0.99951, "0.9995"),
         ("perplexity", 3.2e9, "3.2e+09"),
+        ("perplexity", 7_183_495.0, "7.2e+06"),
         ("perplexity", 999.96, "1000"),
         ("mine", 0.000123456, "0.0001235"),
         ("mine", -2500.0, "-2,500"),

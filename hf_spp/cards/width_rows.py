@@ -162,14 +162,14 @@ def show_metric(metric: str, value: float) -> str:
         return f"{100 * value:.2f}"
     if metric == "cosine":
         return f"{value:.4f}"
-    if abs(value) >= 1e7:
+    if abs(value) >= 1e6:
         return f"{value:.1e}"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def _time(latency: Mapping[str, Any]) -> str:
-    low, high = latency["spread"]
-    return f"{latency['milliseconds']:.3g} ({low:.3g}–{high:.3g})"
+    middle, low, high = (f"{float(f'{one:.3g}'):,g}" for one in (latency["milliseconds"], *latency["spread"]))
+    return f"{middle} ({low}–{high})"
 
 
 def megabytes(count: int) -> str:
