@@ -19,7 +19,7 @@ from .permutation import compose_orders, gather_indices, invert_orders, salient_
 from .reordering import Reordering
 from .saliency import weight_scores
 from .stored_checkpoint import StoredCheckpoint, open_checkpoint
-from .tensor_files import return_large_memory
+from .tensor_bytes import return_large_memory
 from .tensor_stream import LiveTensors, Progress, TensorStream
 from .transform import Plan, describe, select
 from .unfinished_work import Job, fingerprint_of, work_folder

@@ -15,7 +15,7 @@ from .layouts import Layout, Positions, Read
 from .saliency import check_finite, has_large_entries
 from .stored_checkpoint import StoredCheckpoint
 from .stored_names import Gather
-from .tensor_files import advise, copy_pieces, open_tensors, pieces_of, read_tensor
+from .tensor_bytes import advise, copy_pieces, open_tensors, pieces_of, read_tensor
 
 Progress = Callable[[int, int], None]
 

@@ -18,7 +18,8 @@ from .errors import CheckpointError, SPPError
 from .orders_file import ORDERS_NAME
 from .reordering import Reordering
 from .stored_checkpoint import StoredCheckpoint
-from .tensor_files import INDEX_NAME, pack_header, write_tensors
+from .tensor_bytes import write_tensors
+from .tensor_files import INDEX_NAME, pack_header
 from .tensor_stream import TensorStream
 from .version import __version__
 

@@ -39,7 +39,8 @@ from hf_spp.errors import (
     UnsupportedModelError,
 )
 from hf_spp.sums import check_sums
-from hf_spp.tensor_files import INDEX_NAME, open_tensors, read_tensor, read_weights
+from hf_spp.tensor_bytes import open_tensors, read_tensor
+from hf_spp.tensor_files import INDEX_NAME, read_weights
 from hf_spp.unfinished_work import work_folder
 
 SCRIPT = Path(__file__).parent / "streamed_script.py"

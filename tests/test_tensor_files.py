@@ -7,19 +7,15 @@ from conftest import build_model
 from safetensors.torch import load_file, save_file
 
 from hf_spp.errors import CheckpointError, UnsupportedModelError
+from hf_spp.tensor_bytes import copy_pieces, open_tensors, pieces_of, read_tensor, write_tensors
 from hf_spp.tensor_files import (
     INDEX_NAME,
     StoredTensor,
-    copy_pieces,
-    open_tensors,
     pack_header,
     parse_header,
     parse_index,
-    pieces_of,
     read_header,
-    read_tensor,
     read_weights,
-    write_tensors,
 )
 
 TENSORS = {

@@ -22,7 +22,8 @@ from ..errors import CheckpointError, SubnetworkError
 from ..loading import load_config, meta_model
 from ..stored_names import StoredNames, stored_names
 from ..sums import renew_sums
-from ..tensor_files import StoredTensor, open_tensors, pack_header, pieces_of, read_tensor, read_weights, write_tensors
+from ..tensor_bytes import open_tensors, pieces_of, read_tensor, write_tensors
+from ..tensor_files import StoredTensor, pack_header, read_weights
 
 logger = logging.get_logger(__name__)
 

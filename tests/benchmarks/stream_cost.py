@@ -24,7 +24,8 @@ import torch
 from transformers import LlamaConfig
 
 from hf_spp.loading import meta_model
-from hf_spp.tensor_files import INDEX_NAME, StoredTensor, pack_header, pieces_of, write_tensors
+from hf_spp.tensor_bytes import pieces_of, write_tensors
+from hf_spp.tensor_files import INDEX_NAME, StoredTensor, pack_header
 
 SHARD = 1 << 30
 REORDER = """
