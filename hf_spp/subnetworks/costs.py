@@ -67,7 +67,7 @@ class Description:
         )
         rows = [line(name, cost) for name, cost in self.layers.items()]
         head = f"{'layer':<40}{'parameters':>14}{'weights':>13}{'FLOPs/' + self.per:>14}"
-        return "\n".join([head, *rows, line("in all", self.total), shares])
+        return "\n".join([head, *rows, line("in all", self.total), f"{shares}, on inputs of {list(self.inputs)}"])
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:

@@ -6,8 +6,8 @@
 DINOv2-small learns Fashion-MNIST from 1,000 images of 56 × 56 pixels, in three epochs with batches of 16 and a learning
 rate of 5e-5 that falls to zero. It is then cut to 75, 50 and 35 % of the parameters below `dinov2.encoder`, hidden
 neurons and whole attention heads only, and evaluated on 2,000 test images: as cut, and after 60 more steps on the same
-1,000 images, once with each of two learning rates. The seed draws the classification head and the order of the
-batches; the images are the same for all.
+1,000 images, once with each of two learning rates. Controls, as cut alone, tell apart what order and compensation do.
+The seed draws the classification head and the order of the batches; the images are the same for all.
 
 Every method calibrates on the same 512 images, which are neither trained nor tested on. This package gets them without
 labels; Torch-Pruning gets the labels too, and for each of its importances the settings that are best on the test images
@@ -117,14 +117,22 @@ def encoder_parameters(model: PreTrainedModel) -> int:
     return sum(parameter.numel() for parameter in model.dinov2.encoder.parameters())
 
 
-def cut_by_spp(model: PreTrainedModel, share: float, calibration: Images) -> PreTrainedModel:
-    """Reorder the model in place by this package and extract the sub-network of a share of its encoder."""
-    from hf_spp import SPPConfig, SubnetworkSpec, apply_spp, extract_subnetwork
+def cut_by_spp(
+    *, shuffled: bool = False, compensated: bool = True
+) -> Callable[[PreTrainedModel, float, Images], PreTrainedModel]:
+    """This package: reorder the model in place and extract the sub-network of a share of its encoder."""
 
-    batches = [{"pixel_values": pixels} for pixels in calibration["pixel_values"].split(32)]
-    apply_spp(model, SPPConfig(axes=("heads", "ffn"), metric="taylor"), calibration=batches)
-    spec = SubnetworkSpec.from_budget(model, fraction=share, within="dinov2.encoder")
-    return extract_subnetwork(model, spec, calibration=batches)
+    def cut(model: PreTrainedModel, share: float, calibration: Images) -> PreTrainedModel:
+        from hf_spp import SPPConfig, SubnetworkSpec, apply_spp, extract_subnetwork
+
+        batches, axes = [{"pixel_values": pixels} for pixels in calibration["pixel_values"].split(32)], ("heads", "ffn")
+        apply_spp(model, SPPConfig(axes=axes, metric="taylor"), calibration=batches)
+        spec = SubnetworkSpec.from_budget(model, fraction=share, within="dinov2.encoder")
+        if shuffled:
+            apply_spp(model, SPPConfig(axes=axes, metric="random"))
+        return extract_subnetwork(model, spec, calibration=batches if compensated else None)
+
+    return cut
 
 
 def cut_by_torch_pruning(importance: str) -> Callable[[PreTrainedModel, float, Images], PreTrainedModel]:
@@ -140,16 +148,21 @@ def cut_by_torch_pruning(importance: str) -> Callable[[PreTrainedModel, float, I
 
 # Each takes a fine-tuned model that it may change, the share to keep and the calibration images.
 METHODS: Mapping[str, Callable[[PreTrainedModel, float, Images], PreTrainedModel]] = {
-    "spp": cut_by_spp,
+    "spp": cut_by_spp(),
+    "spp-plain": cut_by_spp(compensated=False),
+    "random": cut_by_spp(shuffled=True),
+    "random-plain": cut_by_spp(shuffled=True, compensated=False),
     "tp-l1": cut_by_torch_pruning("l1"),
     "tp-l2": cut_by_torch_pruning("l2"),
     "tp-taylor": cut_by_torch_pruning("taylor"),
     "tp-hessian": cut_by_torch_pruning("hessian"),
 }
+# What order and compensation each do by themselves. These are not trained on.
+CONTROLS = ("spp-plain", "random", "random-plain")
 
 
 def measure(method: str, share: float, seed: int, sets: Mapping[str, Images], cache: Path | None) -> dict[str, Any]:
-    """One row: fine-tune, cut, evaluate, train on, evaluate. Method `none` cuts nothing."""
+    """One row: fine-tune, cut, evaluate, and but for controls train on and evaluate. Method `none` cuts nothing."""
     model = fine_tuned(seed, sets["train"], cache)
     full = encoder_parameters(model)
     start = time.perf_counter()
@@ -165,7 +178,7 @@ def measure(method: str, share: float, seed: int, sets: Mapping[str, Images], ca
         "seconds": round(seconds, 1),
         "accuracy": accuracy(model, sets["test"]),
     }
-    for rate in RETRAINING_RATES:
+    for rate in () if method in CONTROLS else RETRAINING_RATES:
         longer = copy.deepcopy(model)
         train(longer, sets["train"], seed, learning_rate=rate, max_steps=RETRAINING_STEPS)
         row[f"accuracy_retrained_{rate:.0e}"] = accuracy(longer, sets["test"])
@@ -179,12 +192,12 @@ def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
     print(f"{'method':<12}{'share':>6}{'seeds':>6}   " + "".join(f"{title:<22}" for title in titles))
     for method, share in sorted({(row["method"], row["share"]) for row in rows}, key=lambda key: (-key[1], key[0])):
         chosen = [row for row in rows if (row["method"], row["share"]) == (method, share)]
-        cells = [spread([row[column] for row in chosen]) for column in columns]
+        cells = [spread([row[column] for row in chosen if column in row]) for column in columns]
         print(f"{method:<12}{share:>6.0%}{len(chosen):>6}   " + "".join(f"{cell:<22}" for cell in cells))
 
 
 def spread(values: Sequence[float]) -> str:
-    return f"{statistics.mean(values):.1%} ({min(values):.1%}-{max(values):.1%})"
+    return f"{statistics.mean(values):.1%} ({min(values):.1%}-{max(values):.1%})" if values else "-"
 
 
 def main() -> None:

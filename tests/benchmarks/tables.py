@@ -113,14 +113,18 @@ class Table:
                     ]
                     axes.errorbar([size for size, _ in points], means, spread, marker="o", capsize=3, label=name)
             axes.set_xlabel("parameters kept")
+            axes.set_xticks(self.shown_sizes())
             axes.xaxis.set_major_formatter(mpl.ticker.PercentFormatter(1.0, decimals=0))
             axes.set_title(title, fontsize=10)
             if self.logarithmic:
                 axes.set_yscale("log")
+                axes.yaxis.set_major_formatter("{x:,.0f}")
             elif self.write is percent:
                 axes.yaxis.set_major_formatter(mpl.ticker.PercentFormatter(1.0))
             axes.grid(alpha=0.3)
-        figure.legend(*all_axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
+        lines, names = all_axes[0][0].get_legend_handles_labels()
+        columns = 3 if len(self.values) > 1 else 2
+        figure.legend(lines, names, loc="outside lower center", ncols=columns, fontsize=8)
         figure.savefig(CARDS / self.folder / "widths.png", dpi=120)
         plt.close(figure)
 
@@ -136,6 +140,9 @@ TABLES = (
         {
             "none": "full model",
             "spp": "hf_spp",
+            "spp-plain": "hf_spp without compensation",
+            "random": "random order with compensation",
+            "random-plain": "random order without",
             "tp-hessian": "Torch-Pruning, Hessian",
             "tp-taylor": "Torch-Pruning, Taylor",
             "tp-l2": "Torch-Pruning, L2",
