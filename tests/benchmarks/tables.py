@@ -36,6 +36,7 @@ class Table:
         methods: Methods to show, with their names.
         write: How a value is written.
         sizes: The field of the columns.
+        sizes_title: What that is.
         full: The size that is the model's own.
         logarithmic: Whether the axis of values is drawn so.
     """
@@ -45,6 +46,7 @@ class Table:
     methods: Mapping[str, str]
     write: Callable[[float], str] = percent
     sizes: str = "share"
+    sizes_title: str = "parameters kept"
     full: float = 1.0
     logarithmic: bool = False
 
@@ -100,7 +102,9 @@ class Table:
             layout="constrained",
         )
         for axes, (value, title) in zip(all_axes[0], self.values.items(), strict=True):
-            for method, name in self.methods.items():
+            drawn = set()
+            # A method has the color of its place in all panels, also where others are missing.
+            for place, (method, name) in enumerate(self.methods.items()):
                 points = [(size, self.found(method, size, value)) for size in self.shown_sizes()]
                 points = [(size, found) for size, found in points if found]
                 if [size for size, _ in points] == [self.full]:
@@ -111,9 +115,11 @@ class Table:
                         [mean - min(found) for mean, (_, found) in zip(means, points, strict=True)],
                         [max(found) - mean for mean, (_, found) in zip(means, points, strict=True)],
                     ]
-                    axes.errorbar([size for size, _ in points], means, spread, marker="o", capsize=3, label=name)
-            axes.set_xlabel("parameters kept")
-            axes.set_xticks(self.shown_sizes())
+                    sizes = [size for size, _ in points]
+                    axes.errorbar(sizes, means, spread, marker="o", capsize=3, label=name, color=f"C{place}")
+                    drawn.update(sizes)
+            axes.set_xlabel(self.sizes_title)
+            axes.set_xticks(sorted(drawn))
             axes.xaxis.set_major_formatter(mpl.ticker.PercentFormatter(1.0, decimals=0))
             axes.set_title(title, fontsize=10)
             if self.logarithmic:
@@ -183,6 +189,7 @@ TABLES = (
             "elastic, compensated": "one elastic training, slices compensated",
         },
         sizes="width",
+        sizes_title="neurons and heads kept",
     ),
 )
 
