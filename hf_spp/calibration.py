@@ -121,5 +121,5 @@ def _check_batch(batch: Any) -> None:
     if not isinstance(batch, Mapping):
         raise CalibrationError(
             f"A calibration batch is a {type(batch).__name__}; a dict of forward arguments is needed. "
-            "Use a DataLoader whose collator returns dicts."
+            "Use a DataLoader whose collator returns dicts, or put a single dict into a list."
         )

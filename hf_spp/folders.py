@@ -106,7 +106,9 @@ def check_replaceable(target: PathLike, *, overwrite: bool = False) -> None:
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder} is a file; a folder is written there. Give another path.")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
-        raise CheckpointError(f"{folder} exists and is not empty. Give another folder, or overwrite it (--overwrite).")
+        raise CheckpointError(
+            f"{folder} exists and is not empty. Give another folder, or overwrite it (overwrite=True, or --overwrite)."
+        )
 
 
 def place_folder(built: Path, folder: Path) -> None:

@@ -28,7 +28,7 @@ from .hub import Change, Head, Pushed
 from .loading import load_config, meta_model
 from .orders_file import ORDERS_NAME
 from .permutation import check_orders
-from .reordering import Reordering, total_of
+from .reordering import Reordering, history_of, total_of
 from .structure import tuner_layers
 from .subnetworks.prefix_layout import write_prefix_layout
 from .sums import SUMS_NAME, check_sums, files_of, read_sums, write_list
@@ -230,11 +230,15 @@ def check_belongs(model: Any, reordering: Reordering) -> None:
         OrdersError: The orders do not fit the model, or it is in another order.
     """
     reordering.indices(model)
+    # Of a model that was loaded nothing is known.
+    if history_of(model) is None:
+        return
     total = total_of(model)
-    if total is not None and total.digest != reordering.digest:
+    if total is None or total.digest != reordering.digest:
+        state = "in its original order" if total is None else "in another order than this reordering made"
         raise OrdersError(
-            f"This {type(model).__name__} is in another order than this reordering made. Accepted: the reordering from "
-            "the original order to that of the model; of several, first.then(second). Give that one."
+            f"This {type(model).__name__} is {state}. Accepted: a model and the reordering from the original order to "
+            "that of the model; of several, first.then(second). Give that one."
         )
 
 

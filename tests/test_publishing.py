@@ -340,6 +340,10 @@ def test_model_and_reordering_must_belong_together():
         push_to_hub("a/b", model, second)
     with pytest.raises(OrdersError, match="belong to a vit model"):
         push_to_hub("a/b", build_model("bert"), first.then(second))
+    second.undo(model)
+    first.undo(model)
+    with pytest.raises(OrdersError, match="is in its original order"):
+        push_to_hub("a/b", model, first)
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

@@ -7,6 +7,7 @@ Blocks that need a Hub get the local one, with the user `tester` in place of `my
 import ast
 import configparser
 import functools
+import os
 import re
 import shlex
 import subprocess
@@ -364,7 +365,7 @@ def test_commands_run_one_after_another(hub, tmp_path):
     assert "spp_orders.safetensors" in hub.files("tester/vit-spp")
     _, reordering = load_reordered(tmp_path / "vit-pulled")
     assert reordering.changed
-    assert (tmp_path / "vit-half" / "model.safetensors").stat().st_size < (
+    assert (tmp_path / "vit-small" / "model.safetensors").stat().st_size < (
         0.8 * (tmp_path / "vit" / "model.safetensors").stat().st_size
     )
 
@@ -431,6 +432,15 @@ def test_the_table_of_commands_lists_those_there_are_and_each_is_run():
 )
 def test_commands_name_files_that_exist(path):
     assert (ROOT / path).is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", sorted(set(re.findall(r"python (tests/benchmarks/\w+\.py)", README))))
+def test_benchmarks_start_as_printed(path):
+    plain = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    run = subprocess.run([sys.executable, path, "--help"], cwd=ROOT, env=plain, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "usage:" in run.stdout
 
 
 def test_the_comparison_counts_the_types_that_can_be_reordered():

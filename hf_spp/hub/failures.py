@@ -87,6 +87,6 @@ def explained(
 def _other(at: str, wanted: str, doing: str, error: Exception) -> HubError:
     instead = ", or pass a local folder" if doing == "read" else ""
     return HubError(
-        f"The {wanted} of {at} could not be {doing}: {error}. Accepted: an answer without error. "
-        f"Try again later{instead}."
+        f"The {wanted} of {at} could not be {doing}: {error}. Accepted: a Hub that can be reached and answers without "
+        f"error. Check the network, or try again later{instead}."
     )

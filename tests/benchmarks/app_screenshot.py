@@ -1,7 +1,7 @@
 """Remake the picture of the page in the README: DINOv2-small, fine-tuned on Fashion-MNIST for a few minutes and
 trained at all widths.
 
-PYTHONPATH=tests python tests/benchmarks/app_screenshot.py FOLDER [--picture examples/app.png]
+python tests/benchmarks/app_screenshot.py FOLDER [--picture examples/app.png]
 
 The checkpoint and its widths are made once and kept in FOLDER. Prints how long the page takes to answer. Needs Chromium
 and the packages of the extra `dev`.
@@ -16,6 +16,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+# The tests' browser, however this file is reached.
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from browser import Visit, visited
 from PIL import Image

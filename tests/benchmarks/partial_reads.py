@@ -20,6 +20,10 @@ import tempfile
 from pathlib import Path
 
 import torch
+
+# The tests' Hub, however this file is reached.
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 from hub_server import serving
 from transformers import LlamaConfig, LlamaForCausalLM
 
