@@ -91,7 +91,7 @@ def calibrated_scores(
         for batch in logging.tqdm(
             islice(batches, max_batches), total=total, desc=f"Calibrating ({metric})", leave=False
         ):
-            _check_batch(batch)
+            check_batch(batch)
             try:
                 watch.run(batch)
             except CalibrationError:
@@ -117,7 +117,12 @@ def calibrated_scores(
     return scores
 
 
-def _check_batch(batch: Any) -> None:
+def check_batch(batch: Any) -> None:
+    """Refuse what is no batch of calibration data.
+
+    Raises:
+        CalibrationError: It is no dict.
+    """
     if not isinstance(batch, Mapping):
         raise CalibrationError(
             f"A calibration batch is a {type(batch).__name__}; a dict of forward arguments is needed. "

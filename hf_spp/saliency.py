@@ -19,7 +19,6 @@ from .processes import whole
 # Weights are reduced some rows at a time, whose float64 copies take the same memory one after another: the system makes
 # new memory more slowly than a CPU reduces.
 _PIECE_BYTES = 8 << 20
-_ACCELERATOR_PIECE_BYTES = 256 << 20
 # A stack with entries of this size is reduced entry by entry, so that it need not be held whole.
 _LARGE_ENTRY_BYTES = 2 << 20
 
@@ -121,8 +120,7 @@ def channel_sums(tensor: Tensor | Entries, dim: int, power: int, *, stacked: boo
         tensor = torch.stack(list(tensor))
     last = dim == tensor.dim() - 1
     matrix = tensor.flatten(0, -2) if last else tensor.movedim(dim, 0).flatten(1)
-    size = _PIECE_BYTES if tensor.device.type == "cpu" else _ACCELERATOR_PIECE_BYTES
-    rows = max(1, size // (8 * matrix.shape[1]))
+    rows = max(1, _PIECE_BYTES // (8 * matrix.shape[1]))
     copies = matrix.new_empty((min(rows, len(matrix)), matrix.shape[1]), dtype=torch.float64)
     sums = matrix.new_zeros(matrix.shape[int(last)], dtype=torch.float64)
     for start in range(0, len(matrix), rows):

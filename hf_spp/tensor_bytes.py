@@ -23,7 +23,7 @@ _PIECE = 16 << 20
 # What glibc calls the size from which memory comes from the system itself.
 _MMAP_THRESHOLD, _LARGE = -3, 1 << 20
 _AHEAD = 128 << 20
-# Larger writes take ext4 five times as long.
+# Larger writes can take a file system several times as long.
 _WRITTEN = 256 << 10
 
 

@@ -434,6 +434,7 @@ def test_commands_name_files_that_exist(path):
     assert (ROOT / path).is_file()
 
 
+# The script of tables takes no arguments: it writes them.
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "path", sorted(set(re.findall(r"python (tests/benchmarks/\w+\.py)", README)) - {"tests/benchmarks/tables.py"})

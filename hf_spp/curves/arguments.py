@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..calibration import check_batch
 from ..cards.result_rows import unique
 from ..errors import CalibrationError, ExampleInputsError, SPPConfigError, SubnetworkError
 from ..structure import inner_model
@@ -108,11 +109,7 @@ def calibration_batches(calibration: Iterable[Batch] | None) -> list[Batch] | No
             "before is empty), or leave calibration out."
         )
     for batch in batches:
-        if not isinstance(batch, Mapping):
-            raise CalibrationError(
-                f"A calibration batch is a {type(batch).__name__}; a dict of forward arguments is needed. "
-                "Use a DataLoader whose collator returns dicts."
-            )
+        check_batch(batch)
     return [forward_arguments(batch) for batch in batches]
 
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..architectures import channel_groups
+from ..calibration import check_batch
 from ..channels import ChannelGroup, ChannelMap
 from ..errors import CalibrationError, SubnetworkError
 from ..reordering import check_writable
@@ -206,11 +207,7 @@ def _batches(
         )
     batches = list(calibration)
     for batch in batches:
-        if not isinstance(batch, Mapping):
-            raise CalibrationError(
-                f"A calibration batch is a {type(batch).__name__}; a dict of forward arguments is needed. "
-                "Use a DataLoader whose collator returns dicts."
-            )
+        check_batch(batch)
     return [{name: value for name, value in batch.items() if name not in ("labels", "label")} for batch in batches]
 
 
