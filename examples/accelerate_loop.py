@@ -21,6 +21,7 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from transformers import AutoImageProcessor, AutoModelForImageClassification, HfArgumentParser, set_seed
+from transformers.hf_argparser import HfArg
 
 from hf_spp import SPPConfig, apply_spp
 from hf_spp.assets import digits, dinov2_small
@@ -29,8 +30,8 @@ from hf_spp.comparison.images import pixel_transform
 
 @dataclass
 class Options:
-    max_steps: int = 20
-    output_dir: str = "accelerate-spp"
+    max_steps: int = HfArg(default=20, help="Steps of training.")
+    output_dir: str = HfArg(default="accelerate-spp", help="Folder of what is written.")
 
 
 (options,) = HfArgumentParser(Options).parse_args_into_dataclasses()

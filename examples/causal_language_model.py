@@ -24,6 +24,7 @@ from pydoc_data.topics import topics
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+from transformers.hf_argparser import HfArg
 
 from hf_spp import SPPConfig, SubnetworkSpec, apply_spp, extract_subnetwork
 from hf_spp.assets import smollm2
@@ -31,10 +32,12 @@ from hf_spp.assets import smollm2
 
 @dataclass
 class Options:
-    model: str | None = None
-    width: float = 0.75
-    prompt: str = "The capital of France is"
-    output_dir: str = "causal-language-model-spp"
+    model: str | None = HfArg(
+        default=None, help="Hub id or folder of a pretrained model; SmolLM2-135M-Instruct if not given."
+    )
+    width: float = HfArg(default=0.75, help="Share of the neurons and heads that is kept.")
+    prompt: str = HfArg(default="The capital of France is", help="What the models continue.")
+    output_dir: str = HfArg(default="causal-language-model-spp", help="Folder of what is written.")
 
 
 (options,) = HfArgumentParser(Options).parse_args_into_dataclasses()

@@ -21,6 +21,7 @@ them together. Prints accuracy and macro F1 in %, and how far each method moved 
 from dataclasses import dataclass
 
 from transformers import HfArgumentParser
+from transformers.hf_argparser import HfArg
 
 from hf_spp import compare_methods
 from hf_spp.assets import digits, dinov2_small
@@ -30,11 +31,13 @@ from hf_spp.comparison.evaluation import recipe_arguments
 
 @dataclass
 class Options:
-    model: str | None = None
-    dataset: str | None = None
-    image_size: int = 56
-    max_train_samples: int = 480
-    output_dir: str = "comparison-spp"
+    model: str | None = HfArg(default=None, help="Hub id or folder of a pretrained model; DINOv2-small if not given.")
+    dataset: str | None = HfArg(
+        default=None, help="Hub id or folder of a data set; scikit-learn's digits if not given."
+    )
+    image_size: int = HfArg(default=56, help="Side of the images in pixels.")
+    max_train_samples: int = HfArg(default=480, help="Most examples to train on.")
+    output_dir: str = HfArg(default="comparison-spp", help="Folder of what is written.")
 
 
 (options,) = HfArgumentParser(Options).parse_args_into_dataclasses()

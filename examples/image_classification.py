@@ -30,6 +30,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.hf_argparser import HfArg
 
 from hf_spp import SPPCallback, SPPConfig
 from hf_spp.assets import digits, dinov2_small
@@ -39,11 +40,13 @@ from hf_spp.comparison.metrics import classification_metrics
 
 @dataclass
 class Options:
-    model: str | None = None
-    dataset: str | None = None
-    image_column: str = "image"
-    label_column: str = "label"
-    image_size: int = 56
+    model: str | None = HfArg(default=None, help="Hub id or folder of a pretrained model; DINOv2-small if not given.")
+    dataset: str | None = HfArg(
+        default=None, help="Hub id or folder of a data set; scikit-learn's digits if not given."
+    )
+    image_column: str = HfArg(default="image", help="Column of the images.")
+    label_column: str = HfArg(default="label", help="Column of the classes.")
+    image_size: int = HfArg(default=56, help="Side of the images in pixels.")
 
 
 parser = HfArgumentParser((Options, TrainingArguments))

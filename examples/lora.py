@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, HfArgumentParser, set_seed
+from transformers.hf_argparser import HfArg
 
 from hf_spp import SPPConfig, apply_spp
 from hf_spp.assets import fortunes, minilm
@@ -30,8 +31,8 @@ from hf_spp.assets import fortunes, minilm
 
 @dataclass
 class Options:
-    max_steps: int = 20
-    output_dir: str = "lora-spp"
+    max_steps: int = HfArg(default=20, help="Steps of training.")
+    output_dir: str = HfArg(default="lora-spp", help="Folder of what is written.")
 
 
 # PEFT 0.21 asks transformers 5.23 for an attribute by its old name.

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 import torch
 from transformers import AutoModel, AutoTokenizer, HfArgumentParser
+from transformers.hf_argparser import HfArg
 
 from hf_spp import Reordering, SPPConfig, apply_spp
 from hf_spp.assets import minilm
@@ -26,8 +27,10 @@ from hf_spp.assets import minilm
 
 @dataclass
 class Options:
-    model: str | None = None
-    output_dir: str = "minilm-spp"
+    model: str | None = HfArg(
+        default=None, help="Hub id or folder of a pretrained model; all-MiniLM-L6-v2 if not given."
+    )
+    output_dir: str = HfArg(default="minilm-spp", help="Folder of what is written.")
 
 
 (options,) = HfArgumentParser(Options).parse_args_into_dataclasses()

@@ -18,15 +18,16 @@ Prints what is downloaded, before it is, and what the slice says:
 from dataclasses import dataclass
 
 from transformers import AutoTokenizer, HfArgumentParser, pipeline
+from transformers.hf_argparser import HfArg
 
 from hf_spp import load_subnetwork, plan_read
 
 
 @dataclass
 class Options:
-    model: str
-    width: str = "half"
-    text: str = "The cook put garlic into the soup and tasted it again."
+    model: str = HfArg(help="Hub id or folder of a reordered checkpoint.")
+    width: str = HfArg(default="half", help="A published width, or a share of the neurons and heads.")
+    text: str = HfArg(default="The cook put garlic into the soup and tasted it again.", help="What is classified.")
 
 
 (options,) = HfArgumentParser(Options).parse_args_into_dataclasses()

@@ -29,6 +29,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.hf_argparser import HfArg
 
 from hf_spp import SPPCallback, SPPConfig, SubnetworkSpec, extract_subnetwork, save_width
 from hf_spp.assets import fortunes, minilm
@@ -37,12 +38,16 @@ from hf_spp.comparison.metrics import classification_metrics
 
 @dataclass
 class Options:
-    model: str | None = None
-    dataset: str | None = None
-    text_column: str = "text"
-    label_column: str = "label"
-    max_length: int = 64
-    max_eval_samples: int = 200
+    model: str | None = HfArg(
+        default=None, help="Hub id or folder of a pretrained model; all-MiniLM-L6-v2 if not given."
+    )
+    dataset: str | None = HfArg(
+        default=None, help="Hub id or folder of a data set; the topics of Debian's fortunes if not given."
+    )
+    text_column: str = HfArg(default="text", help="Column of the texts.")
+    label_column: str = HfArg(default="label", help="Column of the classes.")
+    max_length: int = HfArg(default=64, help="Most tokens of a text.")
+    max_eval_samples: int = HfArg(default=200, help="Most examples to evaluate on.")
 
 
 parser = HfArgumentParser((Options, TrainingArguments))

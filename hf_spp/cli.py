@@ -1,38 +1,20 @@
 """The command `hf-spp`: reads options, calls the library, prints. What needs torch is imported inside the commands."""
 
-import dataclasses
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
 
-from . import app_command, hub_commands
-from .command_group import FAILED, WIDTHS_FOLDER, Commands, Overwrite, Reordered, Revision, examples
+from . import app_command, comparison_commands, hub_commands, width_commands
+from .command_group import FAILED, Commands, ImageSize, Overwrite, Reordered, Revision, examples, split
 from .errors import CalibrationError, SPPConfigError
-from .terminal import (
-    out,
-    progress_bar,
-    show_comparison,
-    show_families,
-    show_map,
-    show_places,
-    show_slice,
-    show_verification,
-    show_widths,
-    working,
-)
+from .terminal import out, progress_bar, show_families, show_map, show_places, show_verification, working
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .cards.results import ComparisonResults
-    from .comparison.presets import Preset
-
-DEMO_FOLDER = Path("spp-demo")
-COMPARISON_FOLDER = Path("spp-comparison")
-WIDTHS = ("0.25", "0.5", "0.75")
-CALIBRATION_BATCH = 32
+    from .config import SPPConfig
 
 app = typer.Typer(
     cls=Commands,
@@ -44,10 +26,6 @@ app = typer.Typer(
 
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="Hub id or folder of a pretrained model.", show_default=False)
-]
-Seed = Annotated[int, typer.Option(help="Seed of every run.", min=0)]
-ImageSize = Annotated[
-    int | None, typer.Option(help="Side in pixels; the preset's, or the model's own, if not given.", min=1)
 ]
 
 
@@ -72,73 +50,13 @@ def hf_spp(
         print(context.get_help())
 
 
-@app.command(epilog=examples("hf-spp demo", "hf-spp demo --quick --out ./results"))
-def demo(
-    quick: Annotated[bool, typer.Option("--quick", help="One small data set; about two minutes.")] = False,
-    folder: Annotated[Path, typer.Option("--out", help="Folder of the results.", file_okay=False)] = DEMO_FOLDER,
-    seed: Seed = 123,
-) -> None:
-    """Reorder, fine-tune and compare DINOv2-small on real images, on a CPU.
-
-    Leaves results, plots, a model card and the reordered checkpoint. Needs 5 to 8 minutes, or 2 with --quick.
-
-    Run it again to continue where it was stopped.
-    """
-    with working("Starting"):
-        from .comparison.presets import PRESETS, run_preset
-    _finish(run_preset("demo", folder, quick=quick, seed=seed), PRESETS["demo"].model())
-
-
-@app.command(
-    epilog=examples(
-        "hf-spp compare --preset raffm-table1 --dataset cifar10 --max-train-samples 2000",
-        "hf-spp compare --model bert-base-uncased --dataset stanfordnlp/sst2 --method original,spp",
-    )
-)
-def compare(
-    preset: Annotated[
-        str | None, typer.Option(help="raffm-table1 (the paper's), demo or demo-text; other options change it.")
-    ] = None,
-    model: Annotated[str | None, typer.Option(help="Hub id or folder of a pretrained model.")] = None,
-    dataset: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Hub id (repo or repo:configuration), folder, or a built-in name: cifar10, cifar100, flowers102; "
-            "without the Hub fashion-mnist, mnist-5k, digits, fortunes."
-        ),
-    ] = None,
-    method: Annotated[list[str] | None, typer.Option(help="original, pruning-rank, random, spp-raffm, spp.")] = None,
-    folder: Annotated[Path, typer.Option("--out", help="Folder of the results.", file_okay=False)] = COMPARISON_FOLDER,
-    quick: Annotated[bool, typer.Option("--quick", help="The preset's quick variant.")] = False,
-    epochs: Annotated[float | None, typer.Option(help="Passes over the training set.", min=0)] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Examples per training step.", min=1)] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.", min=0)] = None,
-    image_size: Annotated[int | None, typer.Option(help="Side in pixels.", min=1)] = None,
-    max_train_samples: Annotated[int | None, typer.Option(help="Most examples to train on.", min=1)] = None,
-    max_eval_samples: Annotated[int | None, typer.Option(help="Most examples to evaluate on.", min=1)] = None,
-    save_models: Annotated[bool, typer.Option("--save-models", help="Keep the fine-tuned models of spp.")] = False,
-    seed: Seed = 123,
-) -> None:
-    """Fine-tune a model by several methods, and compare accuracy and F1.
-
-    Lists take commas or repeated options. Run it again to continue where it was stopped.
-    """
-    with working("Starting"):
-        from .comparison.presets import run_preset
-    sizes = {"image_size": image_size, "max_train_samples": max_train_samples, "max_eval_samples": max_eval_samples}
-    chosen = _comparison(preset, model, _split(dataset), _split(method), _given(sizes), quick)
-    training = {
-        "num_train_epochs": epochs,
-        "per_device_train_batch_size": batch_size,
-        "learning_rate": learning_rate,
-    }
-    results = run_preset(chosen, folder, seed=seed, save_models=save_models, training=_given(training))
-    _finish(results, chosen.model())
+comparison_commands.add_to(app)
 
 
 @app.command(
     epilog=examples(
         "hf-spp reorder google/vit-base-patch16-224 ./vit-spp",
+        "hf-spp reorder ./my-vit ./my-vit-spp --metric taylor --dataset cifar10",
         "hf-spp reorder ./my-bert ./my-bert-spp --axes ffn,heads --metric l2",
         "hf-spp reorder ./llama-70b ./llama-70b-spp --stream",
     )
@@ -146,7 +64,15 @@ def compare(
 def reorder(
     model: Model,
     target: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.", show_default=False)],
-    metric: Annotated[str, typer.Option(help="l1, l2 or random.")] = "l1",
+    metric: Annotated[
+        str,
+        typer.Option(help="l1, l2 or random; with --dataset taylor, the one to cut by, or activation."),
+    ] = "l1",
+    dataset: Annotated[
+        str | None, typer.Option(help="Data that taylor and activation run the model on, by a name as for compare.")
+    ] = None,
+    calibration_samples: Annotated[int, typer.Option(help="Most examples of it.", min=1)] = 512,
+    image_size: ImageSize = None,
     axes: Annotated[
         list[str] | None,
         typer.Option(help="Some of qk, vo, heads, ffn, experts, hidden; all legal ones but hidden if not given."),
@@ -172,19 +98,16 @@ def reorder(
     With --stream a run that was stopped goes on where it was.
     """
     with working("Starting"):
-        from .config import WEIGHT_METRICS, SPPConfig
-        from .conversion import load_original, save_reordered
+        from .config import SPPConfig
+        from .conversion import reorder_pretrained
+        from .curves.named_data import load_named_data
         from .folders import check_replaceable
         from .streaming import reorder_checkpoint
-        from .transform import apply_spp
-    names, parts = (tuple(_split(values)) or None for values in (axes, towers))
-    config = SPPConfig(axes=names, towers=parts, metric=metric, seed=seed, verify=not no_verify)
-    if config.needs_calibration:
-        raise CalibrationError(
-            f"--metric {metric} needs calibration data, which this command does not take. "
-            f"Accepted here: {', '.join(WEIGHT_METRICS)}. In Python: apply_spp(model, SPPConfig(metric={metric!r}), "
-            "calibration=batches)."
-        )
+    names, parts = (tuple(split(values)) or None for values in (axes, towers))
+    config = SPPConfig(
+        axes=names, towers=parts, metric=metric, seed=seed, verify=not no_verify, calibration_batches=None
+    )
+    _check_data(config, dataset, stream=stream)
     check_replaceable(target, overwrite=overwrite)
     if stream:
         if dtype != "auto":
@@ -194,10 +117,15 @@ def reorder(
         with progress_bar("Reordering") as progress:
             reordering = reorder_checkpoint(model, target, config, overwrite=overwrite, progress=progress)
     else:
-        loaded = load_original(model, dtype)
-        with working(f"Reordering {type(loaded).__name__}"):
-            reordering = apply_spp(loaded, config)
-        save_reordered(loaded, reordering, model, target, overwrite=overwrite)
+        batches = None
+        if dataset is not None:
+            with working("Preparing the data"):
+                data = load_named_data(dataset, model, image_size=image_size)
+                batches = data.calibration_batches(calibration_samples)
+        with working(f"Reordering {model}"):
+            _, reordering = reorder_pretrained(
+                model, target, config, dtype=dtype, calibration=batches, overwrite=overwrite
+            )
     out().print(escape(str(reordering)), soft_wrap=True)
     show_places({"Checkpoint": [target], "Card": [target / "README.md"], "Check it": [f"hf-spp verify {target}"]})
 
@@ -216,118 +144,7 @@ def verify(folder: Reordered, revision: Revision = None) -> None:
         raise typer.Exit(FAILED)
 
 
-@app.command(
-    "slice",
-    epilog=examples(
-        "hf-spp slice ./vit-spp ./vit-half --width 0.5",
-        "hf-spp slice ./vit-spp ./vit-11m --params 11M --dataset cifar10",
-    ),
-)
-def cut(
-    source: Reordered,
-    target: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.", show_default=False)],
-    width: Annotated[
-        float | None, typer.Option(help="Share of the neurons and heads of every layer.", min=0, max=1)
-    ] = None,
-    params: Annotated[str | None, typer.Option(help="Parameters that may stay, such as 11M.")] = None,
-    fraction: Annotated[float | None, typer.Option(help="Share of the parameters that may stay.", min=0, max=1)] = None,
-    flops: Annotated[str | None, typer.Option(help="FLOPs for each token or sample, such as 2G.")] = None,
-    latency_ms: Annotated[float | None, typer.Option(help="Milliseconds of a forward pass on this machine.")] = None,
-    spec: Annotated[Path | None, typer.Option(help="File that SubnetworkSpec.save wrote.", dir_okay=False)] = None,
-    dataset: Annotated[
-        str | None, typer.Option(help="Data to compensate on, by a name as for compare; labels are not used.")
-    ] = None,
-    calibration_samples: Annotated[int, typer.Option(help="Examples to compensate on.", min=1)] = 512,
-    image_size: ImageSize = None,
-    overwrite: Overwrite = False,
-) -> None:
-    """Cut a smaller model out of a reordered checkpoint.
-
-    Say how much stays by exactly one of --width, … and --spec.
-
-    With --dataset the layers behind what was cut are refitted, without training.
-    """
-    budgets = {"params": params, "fraction": fraction, "flops": flops, "latency_ms": latency_ms}
-    stated = _given({"width": width, **budgets, "spec": spec})
-    if len(stated) != 1:
-        options = [f"--{name.replace('_', '-')}" for name in ("width", *budgets, "spec")]
-        raise SPPConfigError(
-            f"slice got {' and '.join('--' + name.replace('_', '-') for name in stated) or 'no width'}. Accepted: "
-            f"exactly one of {', '.join(options)}. {'Leave out the others' if stated else 'Give --width 0.5'}."
-        )
-    with working("Starting"):
-        from .conversion import load_reordered
-        from .curves.checkpoints import save_slice
-        from .curves.named_data import load_named_data
-        from .folders import check_replaceable
-        from .subnetworks import SubnetworkSpec, extract_subnetwork
-    check_replaceable(target, overwrite=overwrite)
-    chosen = None if spec is None else SubnetworkSpec.load(spec)
-    model, _ = load_reordered(source)
-    data = None if dataset is None else load_named_data(dataset, source, image_size=image_size)
-    with working(f"Cutting {type(model).__name__}"):
-        if width is not None:
-            chosen = SubnetworkSpec.uniform(model, width)
-        elif chosen is None:
-            inputs = None if data is None else data.example_inputs()
-            chosen = SubnetworkSpec.from_budget(model, **_given(budgets), example_inputs=inputs)
-        batches = None if data is None else data.calibration_batches(calibration_samples, CALIBRATION_BATCH)
-        small = extract_subnetwork(model, chosen, calibration=batches)
-        saved = save_slice(model, small, source, target, overwrite=overwrite)
-    show_slice(saved, dataset)
-
-
-@app.command(
-    epilog=examples(
-        "hf-spp curve ./spp-demo/checkpoint --dataset fashion-mnist --max-eval-samples 500",
-        "hf-spp curve ./my-model-spp --dataset stanfordnlp/sst2 --widths 0.5,0.75 --out ./widths",
-    )
-)
-def curve(
-    source: Reordered,
-    dataset: Annotated[str, typer.Option(help="Name of a data set as for compare.", show_default=False)],
-    widths: Annotated[
-        list[str] | None, typer.Option(help="Shares of the neurons and heads of every layer; 0.25,0.5,0.75.")
-    ] = None,
-    folder: Annotated[Path, typer.Option("--out", help="Folder of the results.", file_okay=False)] = WIDTHS_FOLDER,
-    batch_size: Annotated[int, typer.Option(help="Examples in a batch, which is also timed.", min=1)] = 16,
-    image_size: ImageSize = None,
-    max_eval_samples: Annotated[int | None, typer.Option(help="Most examples to evaluate on.", min=1)] = None,
-    calibration_samples: Annotated[int, typer.Option(help="Examples to compensate on; 0 for none.", min=0)] = 512,
-    latency_runs: Annotated[int, typer.Option(help="Timed forward passes for each width; 0 for none.", min=0)] = 10,
-) -> None:
-    """Measure what each width of a reordered checkpoint is worth and costs.
-
-    Plain and compensated slices, beside slices in random order: quality, size, time.
-
-    Quality is accuracy and F1, perplexity, or without a head the cosine to DIR.
-
-    The card of a local DIR gets a section with the table and the plots.
-    """
-    with working("Starting"):
-        from .cards.card_header import CARD_NAME
-        from .cards.width_results import check_report_folder
-        from .conversion import load_reordered
-        from .curves.measurement import width_report
-        from .curves.named_data import load_named_data
-    check_report_folder(folder)
-    shares = [_share(text) for text in _split(widths) or WIDTHS]
-    model, _ = load_reordered(source)
-    data = load_named_data(dataset, source, image_size=image_size, max_eval_samples=max_eval_samples)
-    with working("Preparing the data"):
-        batches = list(data.evaluation_batches(model, batch_size))
-        calibration = data.calibration_batches(calibration_samples, CALIBRATION_BATCH)
-    report = width_report(
-        model,
-        batches,
-        shares,
-        calibration=calibration or None,
-        latency_runs=latency_runs,
-        dataset_name=dataset,
-        output_dir=folder,
-    )
-    has_card = (Path(source) / CARD_NAME).is_file()
-    show_widths(report, folder, report.add_to_card(source) if has_card else None)
+width_commands.add_to(app)
 
 
 @app.command(epilog=examples("hf-spp card ./spp-demo", "hf-spp card ./my-model --base google/vit-base-patch16-224"))
@@ -398,59 +215,21 @@ def main() -> None:
     app()
 
 
-def _split(values: list[str] | None) -> list[str]:
-    return [part.strip() for value in values or () for part in value.split(",") if part.strip()]
-
-
-def _share(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError as error:
+def _check_data(config: "SPPConfig", dataset: str | None, *, stream: bool) -> None:
+    """Refuse a metric and data that do not go together."""
+    metric = config.metric_name
+    if config.needs_calibration and stream:
         raise SPPConfigError(
-            f"--widths has {text!r}. Accepted: shares above 0 and up to 1, such as 0.25,0.5,0.75. Correct it."
-        ) from error
-
-
-def _given(values: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if value is not None}
-
-
-def _comparison(
-    preset: str | None, model: str | None, datasets: list[str], methods: list[str], sizes: dict[str, Any], quick: bool
-) -> "Preset":
-    """The named preset with the given options in place of its own, or one of the options alone."""
-    from .comparison.classification import Recipe
-    from .comparison.presets import PRESETS, Preset
-
-    if preset is not None and preset not in PRESETS:
-        raise SPPConfigError(f"--preset {preset} is unknown. Accepted: {', '.join(PRESETS)}. Correct the name.")
-    if preset is None and not (model and datasets):
-        raise SPPConfigError(
-            f"compare got {'a model' if model else 'no model'} and {len(datasets)} data sets. Accepted: --model and "
-            f"--dataset, or --preset with one of {', '.join(PRESETS)}. Add what is missing."
+            f"--metric {metric} runs the model, and --stream does not. Accepted with --stream: l1, l2, random. Choose "
+            "one of them, or leave out --stream."
         )
-    if preset is None:
-        known = Preset("", str(model), lambda: str(model), {}, Recipe(), 2e-4, ("original", "pruning-rank", "spp"), {})
-    else:
-        known = PRESETS[preset]
-        known = dataclasses.replace(known, **known.quick) if quick else known
-    changes: dict[str, Any] = {"recipe": dataclasses.replace(known.recipe, **sizes)}
-    if model is not None:
-        changes |= {"model_name": model, "model": lambda: model}
-    if datasets:
-        every = PRESETS[preset].datasets if preset else {}
-        changes["datasets"] = {name: every.get(name, name) for name in datasets}
-    if methods:
-        changes["methods"] = tuple(methods)
-    return dataclasses.replace(known, **changes)
-
-
-def _finish(results: "ComparisonResults", source: str | os.PathLike[str]) -> None:
-    from transformers.utils.logging import disable_progress_bar
-
-    from .conversion import finish_comparison
-
-    disable_progress_bar()  # type: ignore[no-untyped-call]
-    with working("Writing checkpoint and card"):
-        saved = finish_comparison(results, source)
-    show_comparison(results, saved)
+    if config.needs_calibration and dataset is None:
+        raise CalibrationError(
+            f"--metric {metric} runs the model on data, and none is named. Accepted: a Hub id, a folder, or a built-in "
+            "name such as cifar10. Add --dataset NAME."
+        )
+    if dataset is not None and not config.needs_calibration:
+        raise SPPConfigError(
+            f"--dataset {dataset} is given, and --metric {metric} uses no data. Accepted with --dataset: taylor, "
+            "activation. Add --metric taylor, or leave out --dataset."
+        )

@@ -21,6 +21,9 @@ FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 WIDTHS_FOLDER = Path("spp-widths")
 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what lies there.")]
+ImageSize = Annotated[
+    int | None, typer.Option(help="Side in pixels; the preset's, or the model's own, if not given.", min=1)
+]
 Reordered = Annotated[
     str, typer.Argument(metavar="DIR", help="Folder or Hub id of a reordered checkpoint.", show_default=False)
 ]
@@ -30,6 +33,16 @@ Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a H
 def examples(*lines: str) -> str:
     """The epilog of a command: calls to copy."""
     return "\n\n".join(["[bold]Examples[/]", *(f"[cyan]{escape(line)}[/]" for line in lines)])
+
+
+def split(values: list[str] | None) -> list[str]:
+    """The parts of an option that is repeated, or takes commas."""
+    return [part.strip() for value in values or () for part in value.split(",") if part.strip()]
+
+
+def given(values: dict[str, Any]) -> dict[str, Any]:
+    """Those options that were given."""
+    return {name: value for name, value in values.items() if value is not None}
 
 
 class Commands(TyperGroup):

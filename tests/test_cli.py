@@ -24,6 +24,7 @@ from transformers import (
 from typer.testing import CliRunner
 
 from hf_spp import OrdersError, Reordering, SPPConfig, SubnetworkSpec, apply_spp, conversion, extract_subnetwork
+from hf_spp.assets import fortunes
 from hf_spp.cards.results import load_results
 from hf_spp.cards.width_results import WidthReport
 from hf_spp.cards.width_rows import KINDS
@@ -32,6 +33,7 @@ from hf_spp.cli import app
 from hf_spp.comparison import presets
 from hf_spp.comparison.classification import Recipe
 from hf_spp.comparison.presets import Preset
+from hf_spp.conversion import load_original
 from hf_spp.curves.named_data import load_named_data
 from hf_spp.subnetworks import load_subnetwork
 
@@ -140,7 +142,9 @@ def test_an_interruption_is_quiet(monkeypatch, tmp_path):
         (["reorder"], "Missing argument 'MODEL'. See `hf-spp reorder --help`."),
         (["reorder", "m", "o", "--seed", "-1"], "Invalid value for '--seed'"),
         (["reorder", "m", "o", "--metric", "l3"], "metric='l3' is unknown"),
-        (["reorder", "m", "o", "--metric", "taylor"], "--metric taylor needs calibration data"),
+        (["reorder", "m", "o", "--metric", "taylor"], "--metric taylor runs the model on data, and none is named"),
+        (["reorder", "m", "o", "--dataset", "digits"], "--metric l1 uses no data"),
+        (["reorder", "m", "o", "--metric", "taylor", "--dataset", "digits", "--stream"], "--stream does not"),
         (["reorder", "m", "o", "--axes", "qk,arms"], "unknown axis 'arms'"),
         (["reorder", "./missing", "{}/o"], "Folder './missing' does not exist"),
         (["reorder", "some one/else", "{}/o"], "Model 'some one/else' is no folder here"),
@@ -149,7 +153,8 @@ def test_an_interruption_is_quiet(monkeypatch, tmp_path):
         (["slice", "m", "o"], "slice got no width. Accepted: exactly one of --width, --params, --fraction, --flops"),
         (["slice", "m", "o", "--width", "0.5", "--latency-ms", "3"], "slice got --width and --latency-ms. Accepted"),
         (["slice", "m", "o", "--width", "half"], "Invalid value for '--width'"),
-        (["slice", "m", "o", "--width", "1.5"], "Invalid value for '--width'"),
+        (["slice", "m", "o", "--width", "1.5"], "--width has 1.5. Accepted: shares above 0 and up to 1"),
+        (["slice", "m", "o", "--fraction", "0"], "--fraction has 0.0. Accepted: shares above 0 and up to 1"),
         (["slice", "{}", "{}/o", "--width", "0.5"], "holds no spp_orders.safetensors"),
         (["slice", "./missing", "{}/o", "--width", "0.5"], "Folder './missing' does not exist"),
         (["slice", "m", "{}/o", "--spec", "{}/missing.json"], "missing.json cannot be read as text"),
@@ -245,6 +250,19 @@ def test_reorder_takes_towers(tmp_path):
     assert all(name.startswith("decoder.") for name in orders)
     text = refused("reorder", tmp_path / "t5", tmp_path / "other", "--towers", "vision_tower")
     assert "Towers here: encoder, decoder" in text
+
+
+def test_reorder_runs_the_model_on_a_data_set(dinov2, tiny_demo, tmp_path):
+    words = ["--metric", "taylor", "--dataset", "shades", "--calibration-samples", 8]
+    assert "by taylor" in run("reorder", dinov2, tmp_path / "out", *words).stdout
+    written = Reordering.from_pretrained(tmp_path / "out")
+    model = load_original(dinov2)
+    calibration = load_named_data("shades", dinov2).calibration_batches(8)
+    wanted = apply_spp(model, SPPConfig(metric="taylor"), calibration=calibration)
+    assert {name: order.tolist() for name, order in written.orders.items()} == {
+        name: order.tolist() for name, order in wanted.orders.items()
+    }
+    assert written.config.metric == "taylor"
 
 
 def test_reorder_keeps_the_dtype_when_told(tmp_path):
@@ -366,6 +384,13 @@ def test_verify_refuses_what_is_no_order(reordered, monkeypatch):
     assert "states no format_version" in refused("verify", reordered)
     path.unlink()
     assert "holds no spp_orders.safetensors" in refused("verify", reordered)
+
+
+def test_verify_sees_orders_beside_weights_that_never_moved(tmp_path):
+    model = build_model("vit")
+    model.save_pretrained(tmp_path / "out")
+    apply_spp(model).save_pretrained(tmp_path / "out")
+    assert f"The weights of '{tmp_path / 'out'}' are in their original order" in refused("verify", tmp_path / "out")
 
 
 def test_verify_refuses_the_orders_of_another_model(reordered):
@@ -557,7 +582,7 @@ def test_curve_refuses_what_it_cannot_measure(tiny_demo, reordered, dinov2, tmp_
     assert "has model_type 'bert', for which" in refused("curve", reordered, "--dataset", "shades", *folder)
     line = refused("curve", dinov2, "--dataset", "no/such-data", *folder)
     assert "Data set 'no/such-data': datasets.load_dataset" in line
-    assert "is no width" in refused("curve", dinov2, "--dataset", "shades", "--widths", "2", *folder)
+    assert "--widths has '2'" in refused("curve", dinov2, "--dataset", "shades", "--widths", "2", *folder)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "results.json").write_text("{}")
     line = refused("curve", dinov2, "--dataset", "shades", "--out", tmp_path / "other")
@@ -727,9 +752,12 @@ def test_demo_leaves_everything(tiny_demo):
         "README.md",
         "accuracy.png",
         "checkpoint",
+        "models",
+        "ordered",
         "results.json",
         "results.md",
         "saliency.png",
+        "widths",
     }
     card = ModelCard.load(folder / "README.md")
     assert card.data.license == "apache-2.0"
@@ -746,6 +774,22 @@ def test_demo_leaves_everything(tiny_demo):
     inputs = {"pixel_values": torch.ones(1, 3, 8, 8)}
     assert relative_difference(outputs_of(original, inputs), outputs_of(stock, inputs)) < 1e-5
     assert "Equal" in run("verify", checkpoint).stdout
+
+
+def test_demo_ends_with_what_is_left_of_a_cut_model(tiny_demo):
+    folder = tiny_demo / "out"
+    text = run("demo", "--out", folder).stdout.partition("What is left of the model of fashion-mnist")[2]
+    report = WidthReport.load(folder / "widths")
+    assert {(row["width"], row["kind"]) for row in report.rows[1:]} == {
+        (width, kind) for width in ("50 %", "75 %") for kind in KINDS if kind != "full"
+    }
+    assert [line[0] for line in cells_of(text) if line[0]] == ["full", "50 %", "75 %"]
+    (row,) = (r for r in load_results(folder).rows if (r["dataset"], r["method"]) == ("fashion-mnist", "spp"))
+    assert report.rows[0]["metrics"] == {"accuracy": row["accuracy"], "f1": row["f1"]}
+    assert Reordering.from_pretrained(folder / "ordered").config.metric == "taylor"
+    assert "## Widths" in (folder / "ordered" / "README.md").read_text()
+    assert f"hf-spp slice {folder / 'ordered'} ./half --width 0.5 --dataset fashion-mnist\n" in text
+    assert "Equal" in run("verify", folder / "ordered").stdout
 
 
 def test_demo_quick_continues(tiny_demo):
@@ -802,3 +846,10 @@ def test_compare_takes_a_model_and_a_data_set_of_ones_own(bert, tmp_path, monkey
     assert dict(asked["preset"].datasets) == {"a/b": "a/b", "c/d": "c/d"}
     assert asked["preset"].recipe == Recipe(image_size=32)
     assert asked["save_models"] is True
+    refused("compare", "--model", bert, "--dataset", "fortunes")
+    assert dict(asked["preset"].datasets) == {"fortunes": fortunes}
+
+
+def test_a_misspelt_built_in_name_is_pointed_out(dinov2, tmp_path):
+    result = run("curve", dinov2, "--dataset", "fashion_mnist", "--out", tmp_path / "widths", code=2)
+    assert "Note: Data set 'fashion_mnist' is looked for on the Hub; built in is 'fashion-mnist'.\n" in result.stderr

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ..architectures import channel_groups
 from ..comparison.classification import load_classification_data
+from ..comparison.presets import find_source
 from ..conversion import load_reordered
-from ..curves.named_data import find_source
 from ..errors import AppError, SPPError
 from ..fetching import fetch_checkpoint
 from ..forward import evaluation_mode, place_inputs

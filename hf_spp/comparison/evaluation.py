@@ -106,7 +106,7 @@ def compare_methods(
                 task = prepare_task(load_classification_data(dataset, source, recipe), model, recipe)
                 results.add_dataset(dataset, task.data.describe())
                 for method in methods:
-                    kept = folder / "models" / _folder_name(dataset, method) if method in saved else None
+                    kept = model_folder(folder, dataset, method) if method in saved else None
                     fingerprint = results.fingerprint(dataset, method, _method_config(method, config))
                     if results.has(dataset, method, fingerprint) and (kept is None or kept.is_dir()):
                         continue
@@ -117,6 +117,11 @@ def compare_methods(
                         spectra.setdefault(method, spectrum)
         _write_reports(results, spectra, task, methods, config)
     return results.to_results()
+
+
+def model_folder(output_dir: Path, dataset: str, method: str) -> Path:
+    """Where `save_models` keeps the model that a method fine-tuned on a data set."""
+    return output_dir / "models" / _folder_name(dataset, method)
 
 
 def recipe_arguments(**changes: Any) -> TrainingArguments:

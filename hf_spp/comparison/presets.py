@@ -1,11 +1,15 @@
 """Comparisons that are ready to run: the source's experiment, and demos that install without the Hub."""
 
 import dataclasses
+import difflib
 import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
+
+from transformers.utils import logging
 
 from .. import assets
 from ..cards.results import ComparisonResults
@@ -13,6 +17,8 @@ from ..config import SPPConfig
 from ..errors import AssetError, SPPConfigError
 from .classification import DatasetSource, Recipe
 from .evaluation import compare_methods, recipe_arguments
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -119,6 +125,20 @@ _DEMO_TEXT = Preset(
 PRESETS: Mapping[str, Preset] = MappingProxyType(
     {"raffm-table1": _RAFFM_TABLE_1, "demo": _DEMO, "demo-text": _DEMO_TEXT}
 )
+
+
+def find_source(name: str) -> tuple[DatasetSource, Recipe]:
+    """Where a data set is loaded from that is named on the command line, and how it is split.
+
+    That of a preset's data set comes with the preset's splits and image size; any other name is a Hub id or folder.
+    """
+    for preset in PRESETS.values():
+        if name in preset.datasets:
+            return preset.datasets[name], preset.recipe
+    known = [own for preset in PRESETS.values() for own in preset.datasets]
+    if "/" not in name and not Path(name).exists() and (near := difflib.get_close_matches(name, known, n=1)):
+        logger.warning(f"Data set {name!r} is looked for on the Hub; built in is {near[0]!r}.")
+    return name, Recipe()
 
 
 def run_preset(

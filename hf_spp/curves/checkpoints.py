@@ -1,16 +1,21 @@
-"""Reordered checkpoints: load one with its order known, and save what is cut out of it."""
+"""Reordered checkpoints: save what is cut out of one, and measure what its widths are worth."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .. import checkpoint, folders
 from ..architectures import channel_groups
+from ..cards.card_header import CARD_NAME
+from ..cards.width_results import WidthReport
 from ..errors import SubnetworkError
 from ..loading import companion_files, quiet_transformers, without_notes
 from ..subnetworks import record
 from ..subnetworks.widths import cut_of
+from .measurement import width_report
+from .named_data import NamedData
 
 RECORD_NAME = record.RECORD_NAME
 
@@ -85,6 +90,48 @@ def save_slice(
         sum(not name.endswith("bias") for name in found.compensated),
         found.reason,
     )
+
+
+def measure_checkpoint(
+    source: str | os.PathLike[str],
+    model: Any,
+    data: NamedData,
+    shares: Sequence[float],
+    output_dir: Path,
+    *,
+    calibration_samples: int = 512,
+    batch_size: int = 16,
+    latency_runs: int = 10,
+) -> tuple[WidthReport, Path | None]:
+    """Measure the widths of a reordered checkpoint on a named data set, and add them to its card.
+
+    Args:
+        source: Folder or Hub id of the checkpoint; the card of a folder gets a section.
+        model: What it holds.
+        data: What it is measured and compensated on.
+        shares: Shares of the neurons and heads of every layer.
+        output_dir: Folder of the results.
+        calibration_samples: Examples to compensate on; 0 for none.
+        batch_size: Examples in a batch, which is also timed.
+        latency_runs: As for `width_report`.
+
+    Returns:
+        The report, and the path of the card that shows it, if any.
+
+    Raises:
+        SPPError: Whatever `width_report` raises.
+    """
+    report = width_report(
+        model,
+        data.evaluation_batches(model, batch_size),
+        shares,
+        calibration=data.calibration_batches(calibration_samples) or None,
+        latency_runs=latency_runs,
+        dataset_name=data.name,
+        output_dir=output_dir,
+    )
+    has_card = (Path(source) / CARD_NAME).is_file()
+    return report, report.add_to_card(source) if has_card else None
 
 
 def _cuts(model: Any, found: record.SubnetworkRecord) -> dict[str, tuple[int, int, int, int]]:

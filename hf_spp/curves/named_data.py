@@ -9,15 +9,12 @@ from torch.utils.data import DataLoader
 
 from ..cards.model_card import task_of_class
 from ..comparison import presets
-from ..comparison.classification import (
-    ClassificationTask,
-    DatasetSource,
-    Recipe,
-    load_classification_data,
-    prepare_task,
-)
+from ..comparison.classification import ClassificationTask, Recipe, load_classification_data, prepare_task
 from ..errors import DatasetError
 from .quality import Batch, forward_arguments
+
+# What a user need not choose: only the memory depends on it.
+CALIBRATION_BATCH = 32
 
 
 @dataclass(frozen=True)
@@ -46,7 +43,7 @@ class NamedData:
         collate = self._collate_tokens if task == "text-generation" else self.task.collate
         return DataLoader(self.task.validation, batch_size=batch_size, collate_fn=collate)
 
-    def calibration_batches(self, samples: int, batch_size: int) -> list[Batch]:
+    def calibration_batches(self, samples: int, batch_size: int = CALIBRATION_BATCH) -> list[Batch]:
         """Batches of the first examples of the training part, without labels; together so many examples at most."""
         count = min(samples, len(self.task.train))
         rows = self.task.train.select(range(count))
@@ -95,19 +92,11 @@ def load_named_data(
         DatasetError: It cannot be loaded, or lacks what classification needs.
         SPPError: Whatever fetching the data and the model's preprocessing raise.
     """
-    source, recipe = find_source(name)
+    source, recipe = presets.find_source(name)
     changes = {"image_size": image_size, "max_eval_samples": max_eval_samples}
     settings = {**recipe.to_dict(), **{key: value for key, value in changes.items() if value is not None}}
     recipe = Recipe(**settings)
     return NamedData(name, prepare_task(load_classification_data(name, source, recipe), model, recipe))
-
-
-def find_source(name: str) -> tuple[DatasetSource, Recipe]:
-    """Where a data set of such a name is loaded from, and how it is split."""
-    for preset in presets.PRESETS.values():
-        if name in preset.datasets:
-            return preset.datasets[name], preset.recipe
-    return name, Recipe()
 
 
 def _some(names: Any) -> str:

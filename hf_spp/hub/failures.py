@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
 
+from huggingface_hub import constants
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -62,10 +63,11 @@ def explained(
             "Leave revision= out for the default branch."
         ) from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        cached = f"there is no {wanted} of {at} in the local cache" if doing == "read" else f"{at} was not written"
+        cached = f"the local cache lacks the {wanted} of {at}" if doing == "read" else f"{at} was not written"
+        way = "Unset HF_HUB_OFFLINE" if constants.HF_HUB_OFFLINE else "Connect and try again"
         raise HubError(
             f"The Hub cannot be reached, and {cached}. Accepted: a connection, or to read also what lies in the cache. "
-            "Unset HF_HUB_OFFLINE and connect, or pass a local folder."
+            f"{way}, or pass a local folder."
         ) from error
     except EntryNotFoundError as error:
         raise HubError(

@@ -1,5 +1,6 @@
 """Resolving the map of every model type of transformers from its default config: no weights, no download."""
 
+import difflib
 import importlib
 import inspect
 import multiprocessing
@@ -26,7 +27,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from ..architectures import channel_groups
 from ..channels import ChannelMap
 from ..config import AXES
-from ..errors import SPPError, UnsupportedArchitectureError
+from ..errors import HubError, SPPError, UnsupportedArchitectureError
 from ..loading import load_config, meta_model
 from .families import Families, Family, general_reason
 
@@ -175,7 +176,15 @@ def find_model(name: str) -> tuple[PreTrainedModel, str]:
     """
     if name in CONFIG_MAPPING and not Path(name).is_dir():
         return default_model(name), f"default config of {name}"
-    config = load_config(name)
+    try:
+        config = load_config(name)
+    except HubError as error:
+        if near := difflib.get_close_matches(name, list(CONFIG_MAPPING), n=3):
+            raise UnsupportedArchitectureError(
+                f"{name!r} is no folder, no model type of transformers {transformers.__version__}, and not on the Hub, "
+                f"as far as that can be reached. Accepted: one of these. Did you mean {' or '.join(near)}?"
+            ) from error
+        raise
     try:
         return meta_model(config), ""
     except SPPError:

@@ -52,7 +52,7 @@ BLOCKS, CALIBRATION_TEXTS = 16, 64
 SUMMARY_NAME = "reordering.json"
 
 
-def fine_tuned_dinov2(work: Path) -> Path:
+def fine_tuned_dinov2(work: Path, folder: Path) -> None:
     """DINOv2-small fine-tuned on Fashion-MNIST by every method; that of SPP, ordered again by what it then computes."""
     recipe = Recipe(0.3, 1.0, max_train_samples=2000, max_eval_samples=1000, image_size=56)
     results = compare_methods(
@@ -70,17 +70,17 @@ def fine_tuned_dinov2(work: Path) -> Path:
     model, earlier = load_reordered(trained)
     calibration = data.calibration_batches(CALIBRATION, BATCH)
     later = apply_spp(model, SPPConfig(metric="taylor"), calibration=calibration)
-    processor, folder = AutoImageProcessor.from_pretrained(trained), _with_results(results, work)
+    _copy_results(results, folder)
+    processor = AutoImageProcessor.from_pretrained(trained)
     write_checkpoint(
         folder, model, earlier.then(later), source=dinov2_small(), processing_class=processor, fine_tuned=True
     )
     _add_widths(
         folder, model, data.evaluation_batches(model, BATCH), "dinov2.encoder", SHARES, calibration, "fashion-mnist"
     )
-    return folder
 
 
-def sentence_encoder(work: Path) -> Path:
+def sentence_encoder(work: Path, folder: Path) -> None:
     """all-MiniLM-L6-v2 as it is; fine-tuned by every method for the comparison."""
     preset = PRESETS["demo-text"]
     results = run_preset(preset, work / "methods")
@@ -88,13 +88,12 @@ def sentence_encoder(work: Path) -> Path:
     model, tokenizer = AutoModel.from_pretrained(minilm()).eval(), AutoTokenizer.from_pretrained(minilm())
     calibration = data.calibration_batches(CALIBRATION, BATCH)
     reordering = apply_spp(model, SPPConfig(metric="taylor"), calibration=calibration)
-    folder = _with_results(results, work)
+    _copy_results(results, folder)
     write_checkpoint(folder, model, reordering, source=minilm(), processing_class=tokenizer)
     _add_widths(folder, model, data.evaluation_batches(model, BATCH), "encoder", SHARES, calibration, "fortunes")
-    return folder
 
 
-def language_model(work: Path) -> Path:
+def language_model(work: Path, folder: Path) -> None:
     """SmolLM2-135M as it is. Pruning-Rank is not defined for it, whose query and key rows are rotated."""
     tokenizer = AutoTokenizer.from_pretrained(smollm2())
     tests = [{"input_ids": one, "labels": one} for one in token_blocks(tokenizer, "test", 256)[:BLOCKS].split(4)]
@@ -114,14 +113,12 @@ def language_model(work: Path) -> Path:
         }
         for method, one in methods.items()
     ]
-    folder = _new_folder(work)
     write_checkpoint(folder, model, reordering, source=smollm2(), processing_class=tokenizer, rows=rows)
     files.write_json(work / RESULTS_NAME, {"rows": rows})
     _add_widths(folder, model, tests, "model.layers", (0.7, 0.8, 0.9), calibration, "python-docs")
-    return folder
 
 
-GALLERY: Mapping[str, tuple[Callable[[Path], Path], str]] = {
+GALLERY: Mapping[str, tuple[Callable[[Path, Path], None], str]] = {
     "dinov2-small-fashion-mnist-spp": (fine_tuned_dinov2, "DINOv2-small, fine-tuned on Fashion-MNIST"),
     "minilm-spp": (sentence_encoder, "all-MiniLM-L6-v2, a sentence encoder"),
     "smollm2-135m-spp": (language_model, "SmolLM2-135M-Instruct, a language model with grouped queries"),
@@ -132,19 +129,10 @@ def _data(name: str, source: Callable[[], Any], model: Path, recipe: Recipe) -> 
     return NamedData(name, prepare_task(load_classification_data(name, source, recipe), model, recipe))
 
 
-def _new_folder(work: Path) -> Path:
-    folder = work / "checkpoint"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    return folder
-
-
-def _with_results(results: ComparisonResults, work: Path) -> Path:
-    """A new folder for the checkpoint, with the results that its card is to show."""
-    folder = _new_folder(work)
+def _copy_results(results: ComparisonResults, folder: Path) -> None:
+    """The results that the checkpoint's card is to show."""
     for name in (RESULTS_NAME, *PLOTS.values()):
         files.copy_file(results.output_dir / name, folder / name)
-    return folder
 
 
 def _add_widths(
@@ -222,8 +210,11 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         work = args.work or Path(scratch)
-        work.mkdir(parents=True, exist_ok=True)
-        pushed(GALLERY[args.name][0](work), f"tester/{args.name}", CARDS / args.name)
+        folder = work / args.name
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        GALLERY[args.name][0](work, folder)
+        pushed(folder, f"tester/{args.name}", CARDS / args.name)
         if (work / RESULTS_NAME).is_file():
             shutil.copy(work / RESULTS_NAME, CARDS / args.name)
     (CARDS / CARD_NAME).write_text(index())
