@@ -1,5 +1,6 @@
 """The command `hf-spp`: reads options, calls the library, prints. What needs torch is imported inside the commands."""
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -104,9 +105,7 @@ def reorder(
         from .folders import check_replaceable
         from .streaming import reorder_checkpoint
     names, parts = (tuple(split(values)) or None for values in (axes, towers))
-    config = SPPConfig(
-        axes=names, towers=parts, metric=metric, seed=seed, verify=not no_verify, calibration_batches=None
-    )
+    config = SPPConfig(axes=names, towers=parts, metric=metric, seed=seed, verify=not no_verify)
     _check_data(config, dataset, stream=stream)
     check_replaceable(target, overwrite=overwrite)
     if stream:
@@ -122,6 +121,7 @@ def reorder(
             with working("Preparing the data"):
                 data = load_named_data(dataset, model, image_size=image_size)
                 batches = data.calibration_batches(calibration_samples)
+            config = dataclasses.replace(config, calibration_batches=len(batches))
         with working(f"Reordering {model}"):
             _, reordering = reorder_pretrained(
                 model, target, config, dtype=dtype, calibration=batches, overwrite=overwrite

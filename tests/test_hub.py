@@ -71,7 +71,7 @@ def test_offline_without_cached_file(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(
         HubError,
-        match=r"The Hub cannot be reached, and there is no file 'config\.json' of 'user/model' in the local cache",
+        match=r"The Hub cannot be reached, and the local cache lacks the file 'config\.json' of 'user/model'.*Unset",
     ):
         hub.resolve_file("user/model", "config.json", cache_dir=tmp_path)
 
@@ -85,7 +85,7 @@ def test_offline_with_cached_file(monkeypatch, tmp_path):
     (repo / "refs" / "main").write_text(commit)
     (repo / "snapshots" / commit / "config.json").write_text("{}")
     assert hub.resolve_file("user/model", "config.json", cache_dir=tmp_path).read_text() == "{}"
-    with pytest.raises(HubError, match=r"no file 'other.json' of 'user/model' \(revision 'main'\) in the local"):
+    with pytest.raises(HubError, match=r"lacks the file 'other.json' of 'user/model' \(revision 'main'\)"):
         hub.resolve_file("user/model", "other.json", revision="main", cache_dir=tmp_path)
 
 

@@ -260,7 +260,7 @@ def test_load_from_the_cache_when_offline(hub, checkpoints, tmp_path):
     _, ask = hub
     ask("push", folder=str(checkpoints[0]), repo_id="tester/cached")
     order = {"repo_id": "tester/cached", "cache": str(tmp_path / "cache")}
-    assert "cannot be reached, and there is no" in ask("load", **order, offline=True)["message"]
+    assert "cannot be reached, and the local cache lacks the" in ask("load", **order, offline=True)["message"]
     online = ask("load", **order)
     assert online["name"] == "tester/cached"
     assert ask("load", **order, offline=True) == online
