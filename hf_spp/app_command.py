@@ -16,7 +16,7 @@ def add_to(program: typer.Typer) -> None:
     program.command(
         epilog=examples(
             "hf-spp app ./vit-spp",
-            "hf-spp app ./spp-demo/checkpoint --dataset fashion-mnist --widths ./spp-widths",
+            "hf-spp app ./spp-demo/ordered --dataset fashion-mnist --widths ./spp-demo/widths",
             "hf-spp app my-name/vit-spp --port 8000 --no-browser",
         )
     )(app)

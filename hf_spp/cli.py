@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -122,7 +123,8 @@ def reorder(
                 data = load_named_data(dataset, model, image_size=image_size)
                 batches = data.calibration_batches(calibration_samples)
             config = dataclasses.replace(config, calibration_batches=len(batches))
-        with working(f"Reordering {model}"):
+        # Calibration has a bar of its own.
+        with working(f"Reordering {model}") if batches is None else nullcontext():
             _, reordering = reorder_pretrained(
                 model, target, config, dtype=dtype, calibration=batches, overwrite=overwrite
             )

@@ -9,7 +9,7 @@ import typer
 
 from .command_group import examples, given, split
 from .errors import SPPConfigError
-from .terminal import out, show_comparison, show_places, show_widths, working
+from .terminal import out, show_comparison, show_widths, working
 
 if TYPE_CHECKING:
     from .cards.results import ComparisonResults
@@ -52,15 +52,13 @@ def demo(
     _finish(results, PRESETS["demo"].model())
     ordered, report = measure_narrower(results)
     name = report.settings["dataset"]
-    out().print(f"\n[bold]What is left of the model of {name}[/], in order by taylor, when it is cut", soft_wrap=True)
-    show_widths(report, folder / WIDTHS_NAME, ordered / "README.md")
-    show_places(
-        {
-            "Checkpoint": [ordered],
-            "Cut it": [f"hf-spp slice {ordered} ./half --width 0.5 --dataset {name}"],
-            "Play": [f"hf-spp app {ordered} --dataset {name} --widths {folder / WIDTHS_NAME}"],
-        }
-    )
+    out().print(f"\n[bold]What is left of the model of {name}[/], in order by taylor, when half is cut", soft_wrap=True)
+    places: dict[str, list[object]] = {
+        "Checkpoint": [ordered],
+        "Cut it": [f"hf-spp slice {ordered} ./half --width 0.5 --dataset {name}"],
+        "Play": [f"hf-spp app {ordered} --dataset {name} --widths {folder / WIDTHS_NAME}"],
+    }
+    show_widths(report, folder / WIDTHS_NAME, ordered / "README.md", places)
 
 
 def compare(

@@ -11,18 +11,18 @@ from .curves.checkpoints import measure_checkpoint
 from .curves.named_data import load_named_data
 
 ORDERED_NAME, WIDTHS_NAME = "ordered", "widths"
-SHARES = (0.5, 0.75)
+SHARES = (0.5,)
 SAMPLES = 256
 LATENCY_RUNS = 5
 
 
 def measure_narrower(results: ComparisonResults) -> tuple[Path, WidthReport]:
-    """Order a fine-tuned model by `taylor`, and measure what half and three quarters of it are worth.
+    """Order a fine-tuned model by `taylor`, and measure what half of its neurons and heads are worth.
 
     It is what these commands do, in the folder of the results:
 
         hf-spp reorder MODEL ordered --metric taylor --dataset NAME
-        hf-spp curve ordered --dataset NAME --widths 0.5,0.75 --out widths
+        hf-spp curve ordered --dataset NAME --widths 0.5 --out widths
 
     Args:
         results: What the comparison gave, with its models kept; that of `spp` on the first data set is taken.

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -132,8 +133,10 @@ def show_slice(saved: "SavedSlice", dataset: str | None) -> None:
     show_places({"Checkpoint": [saved.folder]})
 
 
-def show_widths(report: "WidthReport", folder: Path, card: Path | None) -> None:
-    """Print the table of a width report, how it was measured, and where everything lies."""
+def show_widths(
+    report: "WidthReport", folder: Path, card: Path | None, more: Mapping[str, Sequence[object]] = MappingProxyType({})
+) -> None:
+    """Print the table of a width report, how it was measured, and where everything lies, and what more is given."""
     from .cards.results import RESULTS_NAME
     from .cards.width_results import PLOTS
     from .cards.width_rows import metrics_caption, width_cells
@@ -152,6 +155,7 @@ def show_widths(report: "WidthReport", folder: Path, card: Path | None) -> None:
             "Card": [] if card is None else [card],
             "Plots": [folder / name for name in PLOTS.values() if (folder / name).is_file()],
             "Results": [folder / RESULTS_NAME],
+            **more,
         }
     )
 

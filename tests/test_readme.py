@@ -361,7 +361,7 @@ def test_commands_run_one_after_another(hub, tmp_path):
     save_classifier(tmp_path / "vit", 3)
     add_dataset(hub, "uoft-cs/cifar10", tmp_path / "cifar10", 3)
     printed = run_commands("Command line: bash", tmp_path, hub.client)
-    assert "Reordering of ViTForImageClassification by l1" in printed["reorder"]
+    assert "Reordering of ViTForImageClassification by taylor" in printed["reorder"]
     assert "spp_orders.safetensors" in hub.files("tester/vit-spp")
     _, reordering = load_reordered(tmp_path / "vit-pulled")
     assert reordering.changed

@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hf_spp import WidthReport
+from hf_spp.cards.width_rows import width_table
+
 README = Path(__file__).parents[2] / "README.md"
 CARDS = README.parent / "model_cards"
 Rows = Sequence[Mapping[str, Any]]
@@ -194,20 +197,32 @@ TABLES = (
 )
 
 
-def written(text: str, table: Table) -> str:
+# What `hf-spp demo` measures last.
+DEMO = "dinov2-small-spp/widths"
+
+
+def markdown_tables() -> dict[str, str]:
+    """The tables of the README by the folder of their results."""
+    return {
+        DEMO: width_table(WidthReport.load(CARDS / DEMO).rows),
+        **{one.folder: one.markdown() for one in TABLES},
+    }
+
+
+def written(text: str, folder: str, table: str) -> str:
     """The README with a table."""
-    start, end = f"<!-- {table.folder} -->\n", "<!-- end -->"
+    start, end = f"<!-- {folder} -->\n", "<!-- end -->"
     before, found, rest = text.partition(start)
     if not found:
         raise SystemExit(f"The README has no line {start}")
-    return f"{before}{start}{table.markdown()}\n{end}{rest.partition(end)[2]}"
+    return f"{before}{start}{table.strip()}\n{end}{rest.partition(end)[2]}"
 
 
 def main() -> None:
+    for folder, table in markdown_tables().items():
+        README.write_text(written(README.read_text(), folder, table))
     for table in TABLES:
-        if (CARDS / table.folder / "results.json").is_file():
-            README.write_text(written(README.read_text(), table))
-            table.draw()
+        table.draw()
 
 
 if __name__ == "__main__":
