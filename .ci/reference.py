@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pdoc
 
+# This clone, where another copy is installed too.
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 import hf_spp
 
 # What the README and the examples import from, beside the package itself.
