@@ -283,6 +283,7 @@ def verify_checkpoint(
     reordering = Reordering.from_pretrained(folder)
     model = load_model(folder, reordering.dtype)
     summed = (folder / SUMS_NAME).is_file()
+    undone = invert_indices(reordering.indices(model))
     moved = [group for group in channel_groups(model) if group.name in reordering.orders]
     witness = Witness(model, seed=reordering.config.seed, groups=moved)
     match_as_they_lie = _scores_match(model, reordering)
@@ -295,7 +296,6 @@ def verify_checkpoint(
             "that apply_spp changed, and its orders. Save that model, or remove the orders."
         )
     hidden = reordering.orders.get("hidden")
-    undone = invert_indices(reordering.indices(model))
     proof = witness.compare(model, None if hidden is None else hidden.flatten().argsort(), undone)
     tolerance = reordering.config.tolerance or default_tolerance(model)
     return Verification(reordering, proof, tolerance, scores_match, summed)

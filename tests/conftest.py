@@ -23,6 +23,9 @@ transformers.logging.disable_progress_bar()
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, database=None, print_blob=False)
 hypothesis.settings.load_profile("tests")
 
+# Fixtures that the tests of all commands share.
+pytest_plugins = ["command_line"]
+
 NETWORK_MARKERS = ("hub", "slow", "distributed")
 
 # Sizes differ from each other wherever a model allows it, so that a dimension taken for another shows.

@@ -4,9 +4,9 @@ import threading
 
 import pytest
 import torch
+from command_line import refused
 from conftest import build_inputs, build_model, same_bits, weights_of
 from PIL import Image
-from test_cli import refused
 from transformers import BertTokenizerFast, ViTImageProcessor
 
 from hf_spp import AppError, CheckpointError, Reordering, SPPConfig, SubnetworkSpec, apply_spp, subnetwork_view
