@@ -10,7 +10,18 @@ import typer
 from rich.markup import escape
 
 from . import app_command, comparison_commands, hub_commands, width_commands
-from .command_group import FAILED, Commands, ImageSize, Overwrite, Reordered, Revision, examples, split
+from .command_group import (
+    CALIBRATION_SAMPLES,
+    FAILED,
+    Commands,
+    ImageSize,
+    Overwrite,
+    Reordered,
+    Revision,
+    check_data_options,
+    examples,
+    split,
+)
 from .errors import CalibrationError, SPPConfigError
 from .terminal import out, progress_bar, show_families, show_map, show_places, show_verification, working
 from .version import __version__
@@ -67,13 +78,15 @@ def reorder(
     model: Model,
     target: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.", show_default=False)],
     metric: Annotated[
-        str,
-        typer.Option(help="l1, l2 or random; with --dataset taylor, the one to cut by, or activation."),
+        str, typer.Option(help="l1, l2 or random; taylor, the one to cut by, or activation need --dataset.")
     ] = "l1",
     dataset: Annotated[
-        str | None, typer.Option(help="Data that taylor and activation run the model on, by a name as for compare.")
+        str | None,
+        typer.Option(help="Classification data to run the model on, by a name as for compare; labels are not used."),
     ] = None,
-    calibration_samples: Annotated[int, typer.Option(help="Most examples of it.", min=1)] = 512,
+    calibration_samples: Annotated[
+        int | None, typer.Option(help="Most examples of the data that are used; 512 if not given.", min=1)
+    ] = None,
     image_size: ImageSize = None,
     axes: Annotated[
         list[str] | None,
@@ -101,13 +114,15 @@ def reorder(
     """
     with working("Starting"):
         from .config import SPPConfig
-        from .conversion import reorder_pretrained
+        from .conversion import load_original, save_reordered
         from .curves.named_data import load_named_data
         from .folders import check_replaceable
         from .streaming import reorder_checkpoint
+        from .transform import apply_spp
     names, parts = (tuple(split(values)) or None for values in (axes, towers))
     config = SPPConfig(axes=names, towers=parts, metric=metric, seed=seed, verify=not no_verify)
     _check_data(config, dataset, stream=stream)
+    check_data_options(dataset, {"--calibration-samples": calibration_samples, "--image-size": image_size})
     check_replaceable(target, overwrite=overwrite)
     if stream:
         if dtype != "auto":
@@ -117,17 +132,16 @@ def reorder(
         with progress_bar("Reordering") as progress:
             reordering = reorder_checkpoint(model, target, config, overwrite=overwrite, progress=progress)
     else:
-        batches = None
+        # Downloads and calibration have bars of their own, which a spinner would break.
+        loaded, batches = load_original(model, dtype), None
         if dataset is not None:
+            data = load_named_data(dataset, model, image_size=image_size)
             with working("Preparing the data"):
-                data = load_named_data(dataset, model, image_size=image_size)
-                batches = data.calibration_batches(calibration_samples)
+                batches = data.calibration_batches(calibration_samples or CALIBRATION_SAMPLES)
             config = dataclasses.replace(config, calibration_batches=len(batches))
-        # Calibration has a bar of its own.
-        with working(f"Reordering {model}") if batches is None else nullcontext():
-            _, reordering = reorder_pretrained(
-                model, target, config, dtype=dtype, calibration=batches, overwrite=overwrite
-            )
+        with working(f"Reordering {type(loaded).__name__}") if batches is None else nullcontext():
+            reordering = apply_spp(loaded, config, calibration=batches)
+        save_reordered(loaded, reordering, model, target, overwrite=overwrite)
     out().print(escape(str(reordering)), soft_wrap=True)
     show_places({"Checkpoint": [target], "Card": [target / "README.md"], "Check it": [f"hf-spp verify {target}"]})
 

@@ -13,12 +13,14 @@ import typer
 from rich.markup import escape
 from typer.core import TyperGroup
 
-from .errors import SPPError
+from .errors import SPPConfigError, SPPError
 from .terminal import err
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 # Where `curve` writes and `app` looks.
 WIDTHS_FOLDER = Path("spp-widths")
+# Examples that scores and compensation take, if not told otherwise.
+CALIBRATION_SAMPLES = 512
 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what lies there.")]
 ImageSize = Annotated[
@@ -38,6 +40,20 @@ def examples(*lines: str) -> str:
 def split(values: list[str] | None) -> list[str]:
     """The parts of an option that is repeated, or takes commas."""
     return [part.strip() for value in values or () for part in value.split(",") if part.strip()]
+
+
+def check_data_options(dataset: str | None, options: dict[str, Any]) -> None:
+    """Refuse options of data without data.
+
+    Raises:
+        SPPConfigError: One was given, and no data set.
+    """
+    if dataset is None and (stated := given(options)):
+        name, value = next(iter(stated.items()))
+        raise SPPConfigError(
+            f"{name} {value} is about data, and none is named. Accepted: it together with --dataset. Add --dataset "
+            f"NAME, or leave out {name}."
+        )
 
 
 def given(values: dict[str, Any]) -> dict[str, Any]:

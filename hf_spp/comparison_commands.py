@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .command_group import examples, given, split
+from .command_group import CALIBRATION_SAMPLES, examples, given, split
 from .errors import SPPConfigError
 from .terminal import out, show_comparison, show_widths, working
 
@@ -47,18 +47,23 @@ def demo(
     """
     with working("Starting"):
         from .comparison.presets import PRESETS, run_preset
-        from .demonstration import WIDTHS_NAME, measure_narrower
-    results = run_preset("demo", folder, quick=quick, seed=seed, save_models=True)
-    _finish(results, PRESETS["demo"].model())
-    ordered, report = measure_narrower(results)
-    name = report.settings["dataset"]
-    out().print(f"\n[bold]What is left of the model of {name}[/], in order by taylor, when half is cut", soft_wrap=True)
+        from .curves.checkpoints import measure_checkpoint
+        from .demonstration import SHARES, WIDTHS_NAME, order_fine_tuned
+    preset = PRESETS["demo"]
+    datasets = preset.quick["datasets"] if quick else preset.datasets
+    results = run_preset(preset, folder, quick=quick, seed=seed, save_models=True)
+    _finish(results, preset.model())
+    with working("Ordering a fine-tuned model by what its channels are worth"):
+        ordered, model, data = order_fine_tuned(results, datasets, CALIBRATION_SAMPLES)
+    widths = folder / WIDTHS_NAME
+    report, card = measure_checkpoint(ordered, model, data, SHARES, widths, calibration_samples=CALIBRATION_SAMPLES)
+    out().print(f"\n[bold]What is left of the model of {data.name}[/], in order by taylor, when half is cut")
     places: dict[str, list[object]] = {
         "Checkpoint": [ordered],
-        "Cut it": [f"hf-spp slice {ordered} ./half --width 0.5 --dataset {name}"],
-        "Play": [f"hf-spp app {ordered} --dataset {name} --widths {folder / WIDTHS_NAME}"],
+        "Cut it": [f"hf-spp slice {ordered} ./half --width 0.5 --dataset {data.name}"],
+        "Play": [f"hf-spp app {ordered} --dataset {data.name} --widths {widths}", "(needs the extra app)"],
     }
-    show_widths(report, folder / WIDTHS_NAME, ordered / "README.md", places)
+    show_widths(report, widths, card, places)
 
 
 def compare(

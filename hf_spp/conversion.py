@@ -1,7 +1,7 @@
 """Whole checkpoints: write a reordered one, and check one that was written."""
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,38 +47,6 @@ def load_original(source: str | os.PathLike[str], dtype: str = "auto") -> PreTra
     if ORDERS_NAME in find_files(source, [ORDERS_NAME]):
         Reordering.from_pretrained(source).undo(model)
     return model
-
-
-def reorder_pretrained(
-    source: str | os.PathLike[str],
-    target: str | os.PathLike[str],
-    config: SPPConfig | None = None,
-    *,
-    dtype: str = "auto",
-    calibration: Iterable[Mapping[str, Any]] | None = None,
-    overwrite: bool = False,
-) -> tuple[PreTrainedModel, Reordering]:
-    """Write a reordered copy of a pretrained model: a stock checkpoint, orders and card.
-
-    Args:
-        source: A folder or a Hub id; an earlier reordering is undone.
-        target: Folder to make.
-        config: As for `apply_spp`.
-        dtype: As for `load_model`.
-        calibration: As for `apply_spp`.
-        overwrite: Whether a folder with content may be replaced.
-
-    Returns:
-        The reordered model, and what was done to it.
-
-    Raises:
-        SPPError: Whatever loading, reordering and saving raise.
-    """
-    folders.check_replaceable(target, overwrite=overwrite)
-    model = load_original(source, dtype)
-    reordering = apply_spp(model, config, calibration=calibration)
-    save_reordered(model, reordering, source, target, overwrite=overwrite)
-    return model, reordering
 
 
 def load_reordered(
@@ -231,8 +199,9 @@ def finish_comparison(results: ComparisonResults, source: str | os.PathLike[str]
     method, target = checkpoint_method(results), None
     if method is not None:
         config = SPPConfig.from_dict(results.settings["config"]) if method == "spp" else SPPConfig.raffm()
-        target = results.output_dir / CHECKPOINT_NAME
-        reorder_pretrained(source, target, config, overwrite=True)
+        model = load_original(source)
+        reordering = apply_spp(model, config)
+        target = save_reordered(model, reordering, source, results.output_dir / CHECKPOINT_NAME, overwrite=True)
     write_card(results.output_dir, source=source)
     return target
 
@@ -275,7 +244,8 @@ def verify_checkpoint(
 
     Raises:
         CheckpointError: A file is missing, damaged, or from a newer version.
-        OrdersError: An order is no permutation, belongs to another model, or was not carried out on the weights.
+        OrdersError: An order is no permutation, belongs to another model, or was not carried out on the weights. The
+            last is known by the scores of `l1` and `l2` alone, which are computed again.
         ExampleInputsError: No inputs could be built to run the model on.
         HubError: The repository cannot be read.
     """

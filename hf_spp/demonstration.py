@@ -1,51 +1,42 @@
 """How the demo ends: a fine-tuned model, put in order by what each channel is worth, and measured narrower."""
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from .cards.results import ComparisonResults
-from .cards.width_results import WidthReport
 from .comparison.evaluation import model_folder
 from .config import SPPConfig
-from .conversion import reorder_pretrained
-from .curves.checkpoints import measure_checkpoint
-from .curves.named_data import load_named_data
+from .conversion import load_original, save_reordered
+from .curves.named_data import NamedData, load_named_data
+from .transform import apply_spp
 
 ORDERED_NAME, WIDTHS_NAME = "ordered", "widths"
 SHARES = (0.5,)
-SAMPLES = 256
-LATENCY_RUNS = 5
 
 
-def measure_narrower(results: ComparisonResults) -> tuple[Path, WidthReport]:
-    """Order a fine-tuned model by `taylor`, and measure what half of its neurons and heads are worth.
+def order_fine_tuned(results: ComparisonResults, datasets: Iterable[str], samples: int) -> tuple[Path, Any, NamedData]:
+    """Put the model that `spp` fine-tuned into the order of `taylor`, in the folder of the results.
 
-    It is what these commands do, in the folder of the results:
+    With the call of `measure_checkpoint` that follows, it is what these commands do:
 
-        hf-spp reorder MODEL ordered --metric taylor --dataset NAME
+        hf-spp reorder models/NAME-spp ordered --metric taylor --dataset NAME
         hf-spp curve ordered --dataset NAME --widths 0.5 --out widths
 
     Args:
-        results: What the comparison gave, with its models kept; that of `spp` on the first data set is taken.
+        results: What the comparison gave, with its models kept.
+        datasets: Names of its data sets; the first that could be fetched is taken.
+        samples: Examples to score on.
 
     Returns:
-        Folder of the ordered checkpoint, whose card shows the widths, and the report.
+        Folder of the ordered checkpoint, the model, and the data that it was fine-tuned on.
 
     Raises:
-        SPPError: Whatever reordering and measuring raise.
+        SPPError: Whatever loading, reordering and saving raise.
     """
-    folder, name = results.output_dir / ORDERED_NAME, next(iter(results.settings["datasets"]))
-    model = model_folder(results.output_dir, name, "spp")
-    data = load_named_data(name, model)
-    ordered, _ = reorder_pretrained(
-        model, folder, SPPConfig(metric="taylor"), calibration=data.calibration_batches(SAMPLES), overwrite=True
-    )
-    report, _ = measure_checkpoint(
-        folder,
-        ordered,
-        data,
-        SHARES,
-        results.output_dir / WIDTHS_NAME,
-        calibration_samples=SAMPLES,
-        latency_runs=LATENCY_RUNS,
-    )
-    return folder, report
+    name = next(name for name in datasets if name not in results.left_out)
+    source, folder = model_folder(results.output_dir, name, "spp"), results.output_dir / ORDERED_NAME
+    data, model = load_named_data(name, source), load_original(source)
+    reordering = apply_spp(model, SPPConfig(metric="taylor"), calibration=data.calibration_batches(samples))
+    save_reordered(model, reordering, source, folder, overwrite=True)
+    return folder, model, data

@@ -5,7 +5,17 @@ from typing import Annotated
 
 import typer
 
-from .command_group import WIDTHS_FOLDER, ImageSize, Overwrite, Reordered, examples, given, split
+from .command_group import (
+    CALIBRATION_SAMPLES,
+    WIDTHS_FOLDER,
+    ImageSize,
+    Overwrite,
+    Reordered,
+    check_data_options,
+    examples,
+    given,
+    split,
+)
 from .errors import SPPConfigError
 from .terminal import show_slice, show_widths, working
 
@@ -45,7 +55,9 @@ def cut(
     dataset: Annotated[
         str | None, typer.Option(help="Data to compensate on, by a name as for compare; labels are not used.")
     ] = None,
-    calibration_samples: Annotated[int, typer.Option(help="Examples to compensate on.", min=1)] = 512,
+    calibration_samples: Annotated[
+        int | None, typer.Option(help="Examples to compensate on; 512 if not given.", min=1)
+    ] = None,
     image_size: ImageSize = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -63,6 +75,7 @@ def cut(
             f"slice got {' and '.join('--' + name.replace('_', '-') for name in stated) or 'no width'}. Accepted: "
             f"exactly one of {', '.join(options)}. {'Leave out the others' if stated else 'Give --width 0.5'}."
         )
+    check_data_options(dataset, {"--calibration-samples": calibration_samples, "--image-size": image_size})
     for name, share in given({"--width": width, "--fraction": fraction}).items():
         _share(name, share)
     with working("Starting"):
@@ -81,7 +94,7 @@ def cut(
         elif chosen is None:
             inputs = None if data is None else data.example_inputs()
             chosen = SubnetworkSpec.from_budget(model, **given(budgets), example_inputs=inputs)
-        batches = None if data is None else data.calibration_batches(calibration_samples)
+        batches = None if data is None else data.calibration_batches(calibration_samples or CALIBRATION_SAMPLES)
         small = extract_subnetwork(model, chosen, calibration=batches)
         saved = save_slice(model, small, source, target, overwrite=overwrite)
     show_slice(saved, dataset)
@@ -97,7 +110,9 @@ def curve(
     batch_size: Annotated[int, typer.Option(help="Examples in a batch, which is also timed.", min=1)] = 16,
     image_size: ImageSize = None,
     max_eval_samples: Annotated[int | None, typer.Option(help="Most examples to evaluate on.", min=1)] = None,
-    calibration_samples: Annotated[int, typer.Option(help="Examples to compensate on; 0 for none.", min=0)] = 512,
+    calibration_samples: Annotated[
+        int, typer.Option(help="Examples to compensate on; 0 for none.", min=0)
+    ] = CALIBRATION_SAMPLES,
     latency_runs: Annotated[int, typer.Option(help="Timed forward passes for each width; 0 for none.", min=0)] = 10,
 ) -> None:
     """Measure what each width of a reordered checkpoint is worth and costs.
@@ -116,8 +131,7 @@ def curve(
     check_report_folder(folder)
     shares = [_share("--widths", text) for text in split(widths) or WIDTHS]
     model, _ = load_reordered(source)
-    with working("Preparing the data"):
-        data = load_named_data(dataset, source, image_size=image_size, max_eval_samples=max_eval_samples)
+    data = load_named_data(dataset, source, image_size=image_size, max_eval_samples=max_eval_samples)
     report, card = measure_checkpoint(
         source,
         model,

@@ -68,11 +68,15 @@ def dinov2(tmp_path):
     return tmp_path / "dinov2-spp"
 
 
-def shades(name="shades"):
+def shades(count=40, light=200):
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["dark", "light"])})
-    pictures = [Image.fromarray(np.full((8, 8), 200 * (index % 2), dtype=np.uint8)) for index in range(40)]
-    rows = datasets.Dataset.from_dict({"image": pictures, "label": [i % 2 for i in range(40)]}, features=features)
+    pictures = [Image.fromarray(np.full((8, 8), light * (index % 2), dtype=np.uint8)) for index in range(count)]
+    rows = datasets.Dataset.from_dict({"image": pictures, "label": [i % 2 for i in range(count)]}, features=features)
     return datasets.DatasetDict(train=rows)
+
+
+def faint_shades():
+    return shades(24, 20)
 
 
 @pytest.fixture
@@ -86,7 +90,7 @@ def tiny_demo(monkeypatch, tmp_path):
         description="Tiny.",
         model_name="facebook/dinov2-small",
         model=lambda: tmp_path / "model",
-        datasets={"fashion-mnist": shades, "shades": shades},
+        datasets={"shades": shades, "fashion-mnist": faint_shades},
         recipe=Recipe(0.25, 1.0),
         learning_rate=1e-3,
         methods=("original", "pruning-rank", "spp"),

@@ -84,6 +84,8 @@ def test_an_interruption_is_quiet(monkeypatch, tmp_path):
         (["reorder", "m", "o", "--metric", "taylor"], "--metric taylor runs the model on data, and none is named"),
         (["reorder", "m", "o", "--dataset", "digits"], "--metric l1 uses no data"),
         (["reorder", "m", "o", "--metric", "taylor", "--dataset", "digits", "--stream"], "--stream does not"),
+        (["reorder", "m", "o", "--image-size", "7"], "--image-size 7 is about data, and none is named"),
+        (["slice", "m", "o", "--width", "0.5", "--calibration-samples", "7"], "--calibration-samples 7 is about data"),
         (["reorder", "m", "o", "--axes", "qk,arms"], "unknown axis 'arms'"),
         (["reorder", "./missing", "{}/o"], "Folder './missing' does not exist"),
         (["reorder", "some one/else", "{}/o"], "Model 'some one/else' is no folder here"),
@@ -191,17 +193,21 @@ def test_reorder_takes_towers(tmp_path):
     assert "Towers here: encoder, decoder" in text
 
 
-def test_reorder_runs_the_model_on_a_data_set(dinov2, tiny_demo, tmp_path):
-    words = ["--metric", "taylor", "--dataset", "shades", "--calibration-samples", 40]
-    assert "by taylor" in run("reorder", dinov2, tmp_path / "out", *words).stdout
+@pytest.mark.parametrize(
+    ("words", "samples", "side"),
+    [([], 512, None), (["--calibration-samples", 8], 8, None), (["--image-size", 16], 512, 16)],
+)
+def test_reorder_runs_the_model_on_a_data_set(dinov2, tiny_demo, tmp_path, words, samples, side):
+    options = ["--metric", "taylor", "--dataset", "shades", *words]
+    assert "by taylor" in run("reorder", dinov2, tmp_path / "out", *options).stdout
     written = Reordering.from_pretrained(tmp_path / "out")
-    model = load_original(dinov2)
-    calibration = load_named_data("shades", dinov2).calibration_batches(40)
-    wanted = apply_spp(model, SPPConfig(metric="taylor"), calibration=calibration)
-    assert {name: order.tolist() for name, order in written.orders.items()} == {
-        name: order.tolist() for name, order in wanted.orders.items()
-    }
-    assert written.config.metric == "taylor"
+    batches = load_named_data("shades", dinov2, image_size=side).calibration_batches(samples)
+    assert sum(len(batch["pixel_values"]) for batch in batches) == min(samples, 30)
+    assert written.config.calibration_batches == len(batches)
+    wanted = apply_spp(load_original(dinov2), SPPConfig(metric="taylor"), calibration=batches)
+    assert written.scores.keys() == wanted.scores.keys()
+    for name, scores in wanted.scores.items():
+        torch.testing.assert_close(written.scores[name], scores)
 
 
 def test_reorder_keeps_the_dtype_when_told(tmp_path):
@@ -472,4 +478,7 @@ def test_architectures_of_a_config_that_describes_no_model_is_refused(bert):
 
 
 def test_architectures_suggests_model_types():
-    assert "Did you mean qwen3_moe or" in refused("architectures", "qwen3_mo")
+    line = refused("architectures", "qwen3_mo")
+    assert "Model 'qwen3_mo' is no folder here" in line
+    assert "Model types of transformers with a similar name: qwen3_moe, " in line
+    assert "with a similar name" not in refused("architectures", "someone/qwen3_moe")

@@ -1,12 +1,14 @@
 """The commands `demo` and `compare`."""
 
+import dataclasses
+
 import torch
 from command_line import cells_of, refused, run
-from conftest import outputs_of, relative_difference
+from conftest import build_inputs, outputs_of, relative_difference
 from huggingface_hub import ModelCard
-from transformers import Dinov2Model
+from transformers import AutoModelForImageClassification, Dinov2Model
 
-from hf_spp import OrdersError, Reordering
+from hf_spp import AssetError, OrdersError, Reordering
 from hf_spp.assets import fortunes
 from hf_spp.cards.results import load_results
 from hf_spp.cards.width_results import WidthReport
@@ -50,20 +52,49 @@ def test_demo_leaves_everything(tiny_demo):
     assert "Equal" in run("verify", checkpoint).stdout
 
 
-def test_demo_ends_with_what_is_left_of_a_cut_model(tiny_demo):
-    folder = tiny_demo / "out"
-    text = run("demo", "--out", folder).stdout.partition("What is left of the model of fashion-mnist")[2]
+def check_ending(folder, text, name, samples):
+    """The demo ends with the model that learned a data set, in order, and half of it."""
+    text = text.partition(f"What is left of the model of {name}")[2]
     report = WidthReport.load(folder / "widths")
+    assert report.settings["dataset"] == name
     assert {(row["width"], row["kind"]) for row in report.rows[1:]} == {
         ("50 %", kind) for kind in KINDS if kind != "full"
     }
     assert [line[0] for line in cells_of(text) if line[0]] == ["full", "50 %"]
-    (row,) = (r for r in load_results(folder).rows if (r["dataset"], r["method"]) == ("fashion-mnist", "spp"))
+    (row,) = (row for row in load_results(folder).rows if (row["dataset"], row["method"]) == (name, "spp"))
+    assert (row["eval_samples"], row["train_samples"]) == samples
+    assert report.settings["calibration_samples"] == samples[1]
     assert report.rows[0]["metrics"] == {"accuracy": row["accuracy"], "f1": row["f1"]}
     assert Reordering.from_pretrained(folder / "ordered").config.metric == "taylor"
-    assert "## Widths" in (folder / "ordered" / "README.md").read_text()
-    assert f"hf-spp slice {folder / 'ordered'} ./half --width 0.5 --dataset fashion-mnist\n" in text
+    assert f"hf-spp slice {folder / 'ordered'} ./half --width 0.5 --dataset {name}\n" in text
+    ordered, trained = (
+        AutoModelForImageClassification.from_pretrained(folder / path) for path in ("ordered", f"models/{name}-spp")
+    )
+    inputs = build_inputs(trained, 4, labels=False)
+    assert relative_difference(outputs_of(trained, inputs), outputs_of(ordered, inputs)) < 1e-5
+
+
+def test_demo_ends_with_half_of_a_model(tiny_demo):
+    folder = tiny_demo / "out"
+    check_ending(folder, run("demo", "--out", folder).stdout, "shades", (10, 30))
+    card = ModelCard.load(folder / "ordered" / "README.md")
+    assert card.data.license == "apache-2.0"
+    assert card.data.base_model == "facebook/dinov2-small"
+    assert "## Widths" in card.text
     assert "Equal" in run("verify", folder / "ordered").stdout
+    # Results are read again, whose data sets are sorted by name.
+    check_ending(folder, run("demo", "--out", folder).stdout, "shades", (10, 30))
+
+
+def test_demo_ends_with_the_first_data_set_that_is_there(tiny_demo, monkeypatch):
+    def absent():
+        raise AssetError("It cannot be fetched.")
+
+    preset = presets.PRESETS["demo"]
+    sources = {**preset.datasets, "shades": absent}
+    monkeypatch.setattr(presets, "PRESETS", {"demo": dataclasses.replace(preset, datasets=sources)})
+    folder = tiny_demo / "out"
+    check_ending(folder, run("demo", "--out", folder).stdout, "fashion-mnist", (6, 18))
 
 
 def test_demo_quick_continues(tiny_demo):

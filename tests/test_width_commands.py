@@ -145,7 +145,7 @@ def test_curve_measures_a_fine_tuned_classifier(tiny_demo, tmp_path):
     assert "Accuracy / macro F1, in percent" in text
     assert [line[0] for line in cells_of(text) if line[0]] == ["full", "25 %", "50 %"]
     assert f"Results  {tmp_path / 'widths' / 'results.json'}\n" in text
-    assert "Card" not in text
+    assert f"Card     {model / 'README.md'}\n" in text
     assert text.count(".png\n") == 2
 
 

@@ -58,8 +58,8 @@ def write_card(
         folder: Folder of `spp_orders.safetensors`, `results.json` and plots, as far as it has them.
         source: Folder or Hub id of the model that was reordered, whose card gives license, language and task.
         rows: Results of the checkpoint as it is, for a folder without results of a comparison.
-        fine_tuned: Whether the checkpoint was trained after its reordering; a folder with the Trainer's files was. A
-            new card is then titled after the folder.
+        fine_tuned: Whether the checkpoint was trained after its reordering, and a new card is titled after the folder
+            instead of its base. A folder with the Trainer's files was trained in any case.
         overwrite: Whether a card that somebody else wrote may be replaced.
 
     Returns:

@@ -22,6 +22,7 @@ from transformers.utils import logging
 from .. import folders
 from ..architectures import channel_groups
 from ..baselines import pruning_rank
+from ..cards.reports import write_card
 from ..channels import ChannelGroup
 from ..config import SPPConfig
 from ..errors import NonFiniteWeightsError
@@ -142,6 +143,8 @@ class MethodRun:
             self.task.processor.save_pretrained(unfinished)
             if reordering is not None:
                 reordering.save_pretrained(unfinished)
+        if reordering is not None:
+            write_card(folder, source=self.task.model, fine_tuned=True)
 
 
 def _reorder(model: PreTrainedModel, config: SPPConfig, task: ClassificationTask, inputs: dict[str, Any]) -> Reordering:

@@ -179,11 +179,8 @@ def find_model(name: str) -> tuple[PreTrainedModel, str]:
     try:
         config = load_config(name)
     except HubError as error:
-        if near := difflib.get_close_matches(name, list(CONFIG_MAPPING), n=3):
-            raise UnsupportedArchitectureError(
-                f"{name!r} is no folder, no model type of transformers {transformers.__version__}, and not on the Hub, "
-                f"as far as that can be reached. Accepted: one of these. Did you mean {' or '.join(near)}?"
-            ) from error
+        if "/" not in name and (near := difflib.get_close_matches(name, list(CONFIG_MAPPING), n=3)):
+            raise HubError(f"{error} Model types of transformers with a similar name: {', '.join(near)}.") from error
         raise
     try:
         return meta_model(config), ""
