@@ -68,12 +68,19 @@ def find_browser() -> str | None:
     return next((path for name in BROWSERS if (path := shutil.which(name))), None)
 
 
+def _hear_interrupts() -> None:
+    """Undo that a shell which started the tests in the background made them and their children deaf to Ctrl+C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @contextmanager
 def visited(*words: str, folder: Path | None = None) -> Iterator[Visit]:
     """Serve a page with `hf-spp app` and these words, called in a folder, and open it in a browser inside the block."""
     command = [*COMMAND, *words, "--no-browser"]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, cwd=folder) as server:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env=environment, cwd=folder, preexec_fn=_hear_interrupts
+    ) as server:
         try:
             assert server.stdout is not None
             address = re.search(r"http://127\.0\.0\.1:\d+", server.stdout.readline())
