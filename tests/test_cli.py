@@ -152,7 +152,7 @@ def test_reorder_writes_a_card_from_the_models_own(reordered):
         "pipeline_tag": "fill-mask",
         "tags": ["hf_spp", "salient-parameter-prioritization"],
     }
-    assert "# tiny-bert-spp\n" in card.text
+    assert "# bert-spp\n" in card.text
     assert 'AutoModelForMaskedLM.from_pretrained(".")' in card.text
 
 
@@ -362,7 +362,7 @@ def test_info_says_what_a_checkpoint_holds(reordered):
 def test_card_is_written_anew_with_what_the_header_said(reordered):
     card = reordered / "README.md"
     text = card.read_text()
-    card.write_text(text.replace("tags:\n", "tags:\n- mine\n").replace("# tiny-bert-spp", "# My title"))
+    card.write_text(text.replace("tags:\n", "tags:\n- mine\n").replace("# bert-spp", "# My title"))
     assert run("card", reordered).stdout == f"Card  {card}\n"
     again = ModelCard.load(card)
     assert again.data.tags == ["hf_spp", "salient-parameter-prioritization", "mine"]

@@ -80,6 +80,9 @@ def test_demo_ends_with_half_of_a_model(tiny_demo):
     card = ModelCard.load(folder / "ordered" / "README.md")
     assert card.data.license == "apache-2.0"
     assert card.data.base_model == "facebook/dinov2-small"
+    assert card.data.pipeline_tag == "image-classification"
+    assert "# shades-spp\n" in card.text
+    assert "A `Dinov2ForImageClassification` based on [facebook/dinov2-small]" in card.text
     assert "## Widths" in card.text
     assert "Equal" in run("verify", folder / "ordered").stdout
     # Results are read again, whose data sets are sorted by name.

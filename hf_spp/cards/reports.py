@@ -59,7 +59,7 @@ def write_card(
         source: Folder or Hub id of the model that was reordered, whose card gives license, language and task.
         rows: Results of the checkpoint as it is, for a folder without results of a comparison.
         fine_tuned: Whether the checkpoint was trained after its reordering, and a new card is titled after the folder
-            instead of its base. A folder with the Trainer's files was trained in any case.
+            instead of its source. A folder with the Trainer's files was trained in any case.
         overwrite: Whether a card that somebody else wrote may be replaced.
 
     Returns:
@@ -111,9 +111,9 @@ def _content(
     metadata = read_header(split_card(text)[0])
     base = _hub_id(source) or _hub_id(metadata.get("base_model"))
     own = read_header(split_card(earlier or "")[0])
-    # A model that was trained since is another than its base.
-    name = _short(folder.resolve() if fine_tuned else base or source or folder.resolve()).removesuffix("-spp")
-    stated = metadata.get("pipeline_tag")
+    # A model that was trained since is another than its source, and may solve another task.
+    name = _short(folder.resolve() if fine_tuned else source or base or folder.resolve()).removesuffix("-spp")
+    stated = None if fine_tuned else metadata.get("pipeline_tag")
     known = stated if isinstance(stated, str) and stated else task_of_class(summary["model_class"])
     task = evaluation.pop("task", known)
     used = [row["dataset"].partition(":")[0] for row in evaluation.get("rows", ())]
