@@ -41,7 +41,7 @@ def demo(
 
     Then put a fine-tuned one in order by what its channels are worth, and measure what half of it is worth.
 
-    Leaves results, plots, model cards and checkpoints. Needs 5 to 10 minutes, or 2 with --quick.
+    Leaves results, plots, model cards and checkpoints. Took 5 minutes on two idle cores, and 2 with --quick.
 
     Run it again to continue where it was stopped.
     """

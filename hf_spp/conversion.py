@@ -256,19 +256,25 @@ def verify_checkpoint(
     undone = invert_indices(reordering.indices(model))
     moved = [group for group in channel_groups(model) if group.name in reordering.orders]
     witness = Witness(model, seed=reordering.config.seed, groups=moved)
-    match_as_they_lie = _scores_match(model, reordering)
     reordering.undo(model)
     scores_match = _scores_match(model, reordering)
-    if match_as_they_lie and not scores_match:
+    hidden = reordering.orders.get("hidden")
+    proof = witness.compare(model, None if hidden is None else hidden.flatten().argsort(), undone)
+    if scores_match is False:
+        _check_moved(model, reordering, source)
+    tolerance = reordering.config.tolerance or default_tolerance(model)
+    return Verification(reordering, proof, tolerance, scores_match, summed)
+
+
+def _check_moved(model: PreTrainedModel, reordering: Reordering, source: str | os.PathLike[str]) -> None:
+    """Refuse orders whose scores are those of the weights as they lay before they were undone."""
+    reordering.apply(model)
+    if _scores_match(model, reordering):
         raise OrdersError(
             f"The weights of {os.fspath(source)!r} are in their original order, and {ORDERS_NAME} beside them says "
             "that they were reordered: the stored scores are those of the weights as they lie. Accepted: the model "
             "that apply_spp changed, and its orders. Save that model, or remove the orders."
         )
-    hidden = reordering.orders.get("hidden")
-    proof = witness.compare(model, None if hidden is None else hidden.flatten().argsort(), undone)
-    tolerance = reordering.config.tolerance or default_tolerance(model)
-    return Verification(reordering, proof, tolerance, scores_match, summed)
 
 
 def _scores_match(model: PreTrainedModel, reordering: Reordering) -> bool | None:

@@ -373,6 +373,13 @@ def test_card_is_written_anew_with_what_the_header_said(reordered):
     assert "bit for bit" not in card.read_text()
 
 
+def test_card_of_a_fine_tuned_model_keeps_the_task_that_its_owner_wrote(reordered):
+    card = reordered / "README.md"
+    card.write_text(card.read_text().replace("pipeline_tag: fill-mask", "pipeline_tag: text-ranking"))
+    run("card", reordered, "--fine-tuned")
+    assert ModelCard.load(card).data.pipeline_tag == "text-ranking"
+
+
 def test_card_of_somebody_else_stays(reordered):
     (reordered / "README.md").write_text("# Mine\n")
     assert "was not written by hf_spp" in refused("card", reordered)

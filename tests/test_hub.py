@@ -3,6 +3,7 @@ import pytest
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
+    LocalEntryNotFoundError,
     RemoteEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -10,6 +11,7 @@ from huggingface_hub.errors import (
 
 from hf_spp import hub
 from hf_spp.errors import CheckpointError, HubError
+from hf_spp.hub.failures import explained
 
 
 def test_file_of_local_folder(tmp_path):
@@ -74,6 +76,16 @@ def test_offline_without_cached_file(monkeypatch, tmp_path):
         match=r"The Hub cannot be reached, and the local cache lacks the file 'config\.json' of 'user/model'.*Unset",
     ):
         hub.resolve_file("user/model", "config.json", cache_dir=tmp_path)
+
+
+def test_a_lost_connection_is_not_called_offline_mode(monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    with (
+        pytest.raises(HubError, match="Connect and try again, or pass") as caught,
+        explained("a/b", None, "files"),
+    ):
+        raise LocalEntryNotFoundError("lost")
+    assert "HF_HUB_OFFLINE" not in str(caught.value)
 
 
 def test_offline_with_cached_file(monkeypatch, tmp_path):

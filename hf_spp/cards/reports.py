@@ -44,6 +44,7 @@ def write_card(
     folder: str | os.PathLike[str],
     *,
     source: str | os.PathLike[str] | None = None,
+    name: str | None = None,
     rows: Sequence[Row] = (),
     fine_tuned: bool = False,
     overwrite: bool = False,
@@ -57,9 +58,9 @@ def write_card(
     Args:
         folder: Folder of `spp_orders.safetensors`, `results.json` and plots, as far as it has them.
         source: Folder or Hub id of the model that was reordered, whose card gives license, language and task.
+        name: Title of a new card, without `-spp`; None takes the folder's of a fine-tuned model, or else the source's.
         rows: Results of the checkpoint as it is, for a folder without results of a comparison.
-        fine_tuned: Whether the checkpoint was trained after its reordering, and a new card is titled after the folder
-            instead of its source. A folder with the Trainer's files was trained in any case.
+        fine_tuned: Whether the checkpoint was trained after its reordering; a folder with the Trainer's files was.
         overwrite: Whether a card that somebody else wrote may be replaced.
 
     Returns:
@@ -83,7 +84,7 @@ def write_card(
     theirs = earlier is not None and not is_own_card(earlier)
     if home is not None and (overwrite or not theirs):
         evaluation = _evaluation(results) if results else {"rows": rows, "measured": True} if rows else {}
-        content = _content(folder, home, None if theirs else earlier, evaluation, source, fine_tuned)
+        content = _content(folder, home, None if theirs else earlier, evaluation, source, name, fine_tuned)
         checkpoint.write_text(path, keep_widths(str(render_card(content)), earlier or ""))
         renew_sums(folder, [CARD_NAME])
         return path
@@ -104,6 +105,7 @@ def _content(
     earlier: str | None,
     evaluation: dict[str, Any],
     source: str | os.PathLike[str] | None,
+    name: str | None,
     fine_tuned: bool,
 ) -> CardContent:
     summary = Reordering.from_pretrained(home).summary()
@@ -112,13 +114,14 @@ def _content(
     base = _hub_id(source) or _hub_id(metadata.get("base_model"))
     own = read_header(split_card(earlier or "")[0])
     # A model that was trained since is another than its source, and may solve another task.
-    name = _short(folder.resolve() if fine_tuned else source or base or folder.resolve()).removesuffix("-spp")
-    stated = None if fine_tuned else metadata.get("pipeline_tag")
+    named = name or (folder.resolve() if fine_tuned else source or base or folder.resolve())
+    title = f"{_short(named).removesuffix('-spp')}-spp"
+    stated = (own if fine_tuned else metadata).get("pipeline_tag")
     known = stated if isinstance(stated, str) and stated else task_of_class(summary["model_class"])
     task = evaluation.pop("task", known)
     used = [row["dataset"].partition(":")[0] for row in evaluation.get("rows", ())]
     return CardContent(
-        model_name=name_of({}, earlier) if earlier else f"{name}-spp",
+        model_name=name_of({}, earlier) if earlier else title,
         summary=summary,
         folder="." if home == folder else CHECKPOINT_NAME,
         base_model=base,

@@ -143,8 +143,7 @@ class MethodRun:
             self.task.processor.save_pretrained(unfinished)
             if reordering is not None:
                 reordering.save_pretrained(unfinished)
-        if reordering is not None:
-            write_card(folder, source=self.task.model, fine_tuned=True)
+                write_card(unfinished, source=self.task.model, name=folder.name, fine_tuned=True)
 
 
 def _reorder(model: PreTrainedModel, config: SPPConfig, task: ClassificationTask, inputs: dict[str, Any]) -> Reordering:

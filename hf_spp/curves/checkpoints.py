@@ -99,7 +99,7 @@ def measure_checkpoint(
     shares: Sequence[float],
     output_dir: Path,
     *,
-    calibration_samples: int = 512,
+    calibration_samples: int,
     batch_size: int = 16,
     latency_runs: int = 10,
 ) -> tuple[WidthReport, Path | None]:
